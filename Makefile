@@ -1,0 +1,80 @@
+# The front door. Every stage is a target; `make help` lists them.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+RUN ?= runs/demo
+SEED ?= 0
+RECIPE ?= demo
+FORMATS ?= open_clip
+CLUSTER ?= local
+PROCESSES ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo data verify tokenizer train evaluate export report submit test test-slow lint format clean
+
+need = $(if $(value $(1)),,$(error $@ needs $(1)=…, such as `make $@ $(2)`))
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+setup: $(STAMP) ## create .venv and install (every target does this by itself)
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed, found " + sys.version.split()[0] + ". Choose one with PYTHON=…")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[export,dev]'
+	@touch $@
+
+demo: $(STAMP) ## everything on generated data, from nothing to a report: RUN=runs/demo SEED=0
+	$(BIN)/python -m launch demo --run "$(RUN)" --seed "$(SEED)" $(ARGS)
+
+data: $(STAMP) ## raw datasets → shards: SOURCES="coco=/data/coco vqa=/data/vqa" OUT=dir
+	$(call need,SOURCES,SOURCES="coco=/data/coco" OUT=dir)$(call need,OUT,SOURCES="coco=/data/coco" OUT=dir)
+	$(BIN)/python -m data_prep build $(SOURCES) --out "$(OUT)" $(ARGS)
+
+verify: $(STAMP) ## check every byte of a dataset: DATA=dir
+	$(call need,DATA,DATA=dir)
+	$(BIN)/python -m data_prep verify "$(DATA)"
+
+tokenizer: $(STAMP) ## captions → a SentencePiece model: DATA=dir OUT=file
+	$(call need,DATA,DATA=dir OUT=file)$(call need,OUT,DATA=dir OUT=file)
+	$(BIN)/python -m data_prep vocabulary "$(DATA)" --out "$(OUT)" $(ARGS)
+
+train: $(STAMP) ## shards → checkpoints, resumed if begun: RECIPE=name DATA=dir RUN=dir ARGS="optim.lr=1e-3"
+	$(call need,DATA,RECIPE=name DATA=dir RUN=dir)
+	$(BIN)/python -m pipeline train "$(RECIPE)" --data "$(DATA)" --run "$(RUN)" $(ARGS)
+
+evaluate: $(STAMP) ## checkpoint → figures with intervals: RUN=dir DATA=dir
+	$(call need,DATA,RUN=dir DATA=dir)
+	$(BIN)/python -m pipeline evaluate "$(RUN)" --data "$(DATA)" $(ARGS)
+
+export: $(STAMP) ## checkpoint → other tools' formats, proven equal: RUN=dir FORMATS="open_clip"
+	$(BIN)/python -m pipeline export "$(RUN)" $(addprefix --format ,$(FORMATS)) $(ARGS)
+
+report: $(STAMP) ## run → report.html: RUN=dir [DATA=dir]
+	$(BIN)/python -m pipeline report "$(RUN)" $(if $(DATA),--data "$(DATA)")
+
+submit: $(STAMP) ## train on several processes: CLUSTER=local PROCESSES=2 RECIPE=name DATA=dir RUN=dir
+	$(call need,DATA,RECIPE=name DATA=dir RUN=dir)
+	$(BIN)/python -m launch submit --cluster "$(CLUSTER)" --processes "$(PROCESSES)" --recipe "$(RECIPE)" --data "$(DATA)" --run "$(RUN)" $(ARGS)
+
+test: $(STAMP) ## all tests but the slow ones
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(STAMP) ## the slow ones
+	$(BIN)/python -m pytest -m slow
+
+lint: $(STAMP) ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP) ## put the code into house style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove .venv, caches and the demo run
+	rm -rf $(VENV) runs/demo .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

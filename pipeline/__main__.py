@@ -1,0 +1,170 @@
+"""python -m pipeline COMMAND: shards → a trained, evaluated, exported model.
+
+Commands import what they need when they run, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from data_prep.record import DataError
+
+DONE, FAILED, USER_MUST_ACT, REQUEUE = 0, 1, 2, 75
+
+app = typer.Typer(
+    help="Shards in, a trained, evaluated and exported CLIP-style model out.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+RunArgument = Annotated[Path, typer.Argument(help="The run folder that training wrote.", metavar="RUN")]
+StepOption = Annotated[int | None, typer.Option(help="Checkpoint to use, by its step; by default the newest.")]
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="A recipe's name (see `recipes`) or a .yaml file.", metavar="RECIPE")],
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(help="Changes to the recipe, such as optim.lr=1e-3 train.steps=2000.", metavar="[KEY=VALUE]…"),
+    ] = None,
+    data: Annotated[
+        str, typer.Option(help="The sharded dataset to train on (the same as data.path=…).", metavar="DIR")
+    ] = "",
+    run: Annotated[Path, typer.Option(help="Where the run is written; an unfinished one there goes on.")] = Path(
+        "runs/run"
+    ),
+) -> None:
+    """Train a recipe, or go on from the newest checkpoint in the run folder.
+
+    Exit codes: 0 trained; 2 something must be changed, the message says what; 75 asked to stop (SIGTERM, Ctrl-C) and
+    saved, so run the same command again; 1 anything else. RUN/exit.json says the same.
+    """
+    from pipeline import config
+
+    words = [*(settings or []), *([f"data.path={data}"] if data else [])]
+    with _outcome_recorded(run):
+        loaded = config.load(recipe, words)
+        from pipeline.train import train as run_training
+
+        outcome = run_training(loaded, run)
+        _record_exit(run, outcome, REQUEUE if outcome == "requeue" else DONE, "")
+    if outcome == "requeue":
+        raise typer.Exit(REQUEUE)
+
+
+@app.command()
+def evaluate(
+    run: RunArgument,
+    data: Annotated[Path, typer.Option(help="The sharded dataset whose evaluation sets are used.", metavar="DIR")],
+    sets: Annotated[
+        list[str] | None, typer.Option("--set", help="Name of an evaluation set; repeat for several. By default all.")
+    ] = None,
+    step: StepOption = None,
+) -> None:
+    """Measure a checkpoint: zero-shot classification, retrieval and caption selection, with 95 % intervals.
+
+    Writes RUN/eval/STEP/SET.json in CLIP_benchmark's schema, and prints a table.
+    """
+    from pipeline.evaluate.run import evaluate as run_evaluation
+
+    run_evaluation(run, data, sets=sets or None, step=step)
+
+
+@app.command()
+def export(
+    run: RunArgument,
+    formats: Annotated[
+        list[str] | None, typer.Option("--format", help="A format to write; repeat for several. Known: open_clip.")
+    ] = None,
+    step: StepOption = None,
+) -> None:
+    """Write a checkpoint as other tools read it, and publish it only once it gives the same embeddings.
+
+    Writes RUN/export/FORMAT/ and RUN/export/parity.json.
+    """
+    from pipeline.export.run import export as run_export
+
+    run_export(run, formats=formats or ["open_clip"], step=step)
+
+
+@app.command()
+def report(
+    run: RunArgument,
+    data: Annotated[
+        Path | None, typer.Option(help="A dataset from which retrieval examples are shown.", metavar="DIR")
+    ] = None,
+) -> None:
+    """Write RUN/report.html: curves, tables and retrieval examples on one page that needs no network."""
+    from pipeline.report import write_report
+
+    write_report(run, data)
+
+
+@app.command()
+def recipes() -> None:
+    """List the recipes that come with the pipeline, with the head of each."""
+    from pipeline.config import RECIPES
+
+    for path in sorted(RECIPES.glob("*.yaml")):
+        head = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
+        typer.echo(f"{path.stem}\n" + "\n".join(f"  {line.lstrip('# ')}" for line in head))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command and return its exit code (contract 4)."""
+    is_main_rank = os.environ.get("RANK", "0") == "0"
+    logging.basicConfig(
+        level=logging.INFO if is_main_rank else logging.WARNING, format="%(message)s", stream=sys.stderr
+    )
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    try:
+        app(argv)
+    except DataError as error:
+        typer.echo(f"error: {error}", err=True)
+        return USER_MUST_ACT
+    except SystemExit as exit_:
+        return int(exit_.code or DONE)
+    return DONE
+
+
+@contextlib.contextmanager
+def _outcome_recorded(run: Path) -> Iterator[None]:
+    """Leave RUN/exit.json behind when training fails, since launchers lose exit codes."""
+    (run / "exit.json").unlink(missing_ok=True)
+    try:
+        yield
+    except DataError as error:
+        _record_exit(run, "failed", USER_MUST_ACT, str(error))
+        raise
+    except BaseException as error:
+        _record_exit(run, "failed", FAILED, f"{type(error).__name__}: {error}")
+        raise
+
+
+def _record_exit(run: Path, status: str, code: int, reason: str) -> None:
+    """Write exit.json; the first rank that fails is the one that is heard."""
+    from pipeline.checkpoint import steps
+
+    run.mkdir(parents=True, exist_ok=True)
+    rank = int(os.environ.get("RANK", "0"))
+    if status != "failed" and rank:
+        return
+    newest = max(steps(run), default=0)
+    record = {"status": status, "code": code, "rank": rank, "step": newest, "reason": reason}
+    with contextlib.suppress(FileExistsError), (run / "exit.json").open("x", encoding="utf-8") as file:
+        json.dump(record, file)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,300 @@
+"""The recipe: every setting of a run, typed and strict, read from YAML and from `key=value` words.
+
+Importing this module loads pydantic and yaml, never torch, so that a recipe can be checked on any machine.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from data_prep.record import DataError
+
+RECIPES = Path(__file__).parent / "recipes"
+
+# A resumed run may be longer, watched differently and run elsewhere; anything else would make it another run.
+# Where the data lies may change since its fingerprint may not.
+MAY_CHANGE_ON_RESUME = (
+    *("train.steps", "checkpoint", "evaluate", "tracking"),
+    *("data.path", "data.workers", "data.prefetch", "data.timeout_s", "data.verify", "tokenizer.path"),
+    *("train.processes", "train.threads", "train.device"),
+)
+
+
+class RecipeError(DataError):
+    """A recipe, or a change to one, that the user must mend."""
+
+
+class Component(BaseModel):
+    """The strictness that all parts of a recipe share."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+PositiveInt = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+
+
+class DataConfig(Component):
+    """Which shards, and how their samples reach the model."""
+
+    path: str = Field("", description="a sharded dataset: a folder with manifest.json")
+    workers: Annotated[int, Field(ge=0)] = Field(2, description="loader processes a rank; 0 loads in the trainer")
+    prefetch: PositiveInt = Field(4, description="batches that each loader process prepares ahead")
+    timeout_s: PositiveInt = Field(120, description="how long a batch may take before the run stops")
+    fields: dict[str, float] = Field(
+        {"captions": 1.0, "statements": 0.0},
+        description="weights with which an image's text fields are drawn, among those that it has",
+    )
+    crop_scale: tuple[Fraction, Fraction] = Field(
+        (0.9, 1.0), description="range of the area that a random crop keeps, before it is resized"
+    )
+    interpolation: Literal["bicubic", "bilinear"] = Field("bicubic", description="resize filter of the crops")
+    lanes: PositiveInt = Field(1, description="C: equal stretches of the data that are read side by side")
+    window: PositiveInt = Field(1 << 22, description="samples that are shuffled among each other within a lane")
+    verify: bool = Field(True, description="hash every train shard before the first step")
+    max_bad: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.01, description="share of samples that may turn out unreadable before the run stops"
+    )
+
+    @model_validator(mode="after")
+    def _fields_are_weights(self) -> DataConfig:
+        known = {"captions", "statements"}
+        if unknown := sorted(set(self.fields) - known):
+            raise ValueError(f"data.fields has {unknown}; a sample has {sorted(known)}")
+        if min(self.fields.values(), default=0) < 0 or sum(self.fields.values()) <= 0:
+            raise ValueError(f"data.fields must be weights, at least one above zero; found {self.fields}")
+        if self.crop_scale[0] > self.crop_scale[1]:
+            raise ValueError(f"data.crop_scale must ascend; found {list(self.crop_scale)}")
+        return self
+
+
+class TokenizerConfig(Component):
+    """How captions become token ids."""
+
+    kind: Literal["sentencepiece", "open_clip"] = Field(
+        "open_clip", description="a SentencePiece model of one's own, or open_clip's byte-pair encoding"
+    )
+    path: str = Field("", description="the .model file, for kind sentencepiece")
+
+
+class ModelConfig(Component):
+    """The two towers, as open_clip describes them."""
+
+    name: str = Field("", description="an open_clip model name, such as ViT-B-32")
+    config: dict[str, Any] = Field(
+        default_factory=dict, description="or open_clip's model_cfg itself: embed_dim, vision_cfg, text_cfg"
+    )
+    channels_last: bool = Field(False, description="memory format of images and convolutions")
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> ModelConfig:
+        if bool(self.name) == bool(self.config):
+            raise ValueError("model needs either `name` or `config`, and not both")
+        if self.config and (missing := {"embed_dim", "vision_cfg", "text_cfg"} - set(self.config)):
+            raise ValueError(f"model.config lacks {sorted(missing)}")
+        return self
+
+
+class LossConfig(Component):
+    """InfoNCE and its temperature; the model learns log(scale), where scale = 1 / temperature."""
+
+    init_scale: Annotated[float, Field(gt=0)] = Field(1 / 0.07, description="scale at step 0")
+    max_scale: Annotated[float, Field(gt=0)] = Field(100.0, description="upper clamp after each step; the lower is 1")
+    tile: PositiveInt = Field(1024, description="rows of logits that are in memory at a time")
+
+
+class OptimConfig(Component):
+    """AdamW with warm-up and a cosine to zero."""
+
+    lr: Annotated[float, Field(gt=0)] = Field(5e-4, description="peak learning rate")
+    betas: tuple[float, float] = Field((0.9, 0.98), description="AdamW's decay of both moments")
+    eps: Annotated[float, Field(gt=0)] = Field(1e-6, description="AdamW's epsilon")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(
+        0.2, description="on matrices and kernels; never on gains, biases and the temperature"
+    )
+    warmup_steps: Annotated[int, Field(ge=0)] = Field(500, description="steps of linear warm-up")
+    schedule: Literal["cosine", "constant"] = Field("cosine", description="after the warm-up")
+    clip_norm: Annotated[float, Field(gt=0)] | None = Field(1.0, description="largest gradient norm; null for none")
+
+
+class TrainConfig(Component):
+    """Length, batch, and what each process does with its machine."""
+
+    steps: PositiveInt = Field(description="optimizer steps of the whole run")
+    batch_size: PositiveInt = Field(description="image-text pairs a step, over all ranks")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast, with float32 weights")
+    threads: PositiveInt | None = Field(None, description="CPU threads a rank; null leaves torch's choice")
+    processes: PositiveInt | None = Field(None, description="stop unless so many ranks are running")
+    device: Literal["auto", "cpu"] = Field("auto", description="auto takes a GPU where there is one")
+    deterministic: bool = Field(False, description="only deterministic kernels (slower on CUDA)")
+    max_skipped: PositiveInt = Field(10, description="non-finite steps in a row before the run stops")
+
+
+class CheckpointConfig(Component):
+    """When the run is saved."""
+
+    every_steps: PositiveInt = Field(1000, description="steps between checkpoints; the last step is always saved")
+    keep: Annotated[int, Field(ge=2)] = Field(3, description="newest checkpoints that are kept")
+
+
+class EvaluateConfig(Component):
+    """How a checkpoint is measured."""
+
+    batch_size: PositiveInt = Field(256, description="images or texts at a time")
+    workers: Annotated[int, Field(ge=0)] = Field(2, description="loader processes")
+
+
+class TrackingConfig(Component):
+    """What is written while training, beside metrics.jsonl."""
+
+    tensorboard: bool = Field(True, description="write RUN/tensorboard")
+    log_every_steps: PositiveInt = Field(50, description="steps between lines in a log that is not a terminal")
+
+
+class Recipe(Component):
+    """One training run."""
+
+    seed: Annotated[int, Field(ge=0, lt=1 << 63)] = Field(0, description="of weights, order, crops and text choice")
+    data: DataConfig = Field(default_factory=DataConfig)
+    tokenizer: TokenizerConfig = Field(default_factory=TokenizerConfig)
+    model: ModelConfig
+    loss: LossConfig = Field(default_factory=LossConfig)
+    optim: OptimConfig = Field(default_factory=OptimConfig)
+    train: TrainConfig
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
+    tracking: TrackingConfig = Field(default_factory=TrackingConfig)
+
+    def to_yaml(self) -> str:
+        """The resolved recipe, every default written out."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def load(name: str, overrides: list[str] | None = None) -> Recipe:
+    """Read a recipe by name (of `pipeline/recipes`) or path, and apply `section.key=value` words.
+
+    Raises:
+        RecipeError: no such recipe, unreadable YAML, an unknown key (the nearest right one is named), or a
+            value out of its range.
+    """
+    path = _find(name)
+    values = _read_yaml(path)
+    for word in overrides or []:
+        _override(values, word)
+    return parse(values, str(path))
+
+
+def load_file(path: Path) -> Recipe:
+    """Read the resolved recipe of a run, `RUN/config.yaml`."""
+    return parse(_read_yaml(path), str(path))
+
+
+def parse(values: dict[str, Any], origin: str) -> Recipe:
+    """Check plain values against the schema; `origin` names them in errors."""
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise RecipeError(f"{origin}: " + "; ".join(_explain(item) for item in error.errors())) from None
+
+
+def refuse_changes(stored: Recipe, asked: Recipe, run: Path) -> None:
+    """Refuse to resume a run with settings that would make it another one, naming each."""
+    old, new = _flatten(stored.model_dump(mode="json")), _flatten(asked.model_dump(mode="json"))
+    changed = [
+        f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and not _may_change(key)
+    ]
+    if changed:
+        raise RecipeError(
+            f"{run} was started with other settings ({'; '.join(changed)}). Resume with the stored ones, or "
+            f"choose another run folder. A resumed run may change {', '.join(MAY_CHANGE_ON_RESUME)}."
+        )
+
+
+def _may_change(key: str) -> bool:
+    return any(key == free or key.startswith(free + ".") for free in MAY_CHANGE_ON_RESUME)
+
+
+def _find(name: str) -> Path:
+    if name.endswith((".yaml", ".yml")):
+        path = Path(name)
+        if path.is_file():
+            return path
+        raise RecipeError(f"recipe {name}: no such file (looked for {path.absolute()}).")
+    path = RECIPES / f"{name}.yaml"
+    if path.is_file():
+        return path
+    known = sorted(file.stem for file in RECIPES.glob("*.yaml"))
+    raise RecipeError(
+        f"recipe {name!r} is not among {', '.join(known)}.{_nearest(name, known)} A file of your own ends in .yaml."
+    )
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: not a plain YAML file: {error}") from None
+    if not isinstance(values, dict):
+        raise RecipeError(f"{path}: a recipe is a mapping of sections, found {type(values).__name__}.")
+    return values
+
+
+def _override(values: dict[str, Any], word: str) -> None:
+    key, equals, text = word.partition("=")
+    if not equals or not key:
+        raise RecipeError(f"{word!r}: settings are written section.key=value, such as optim.lr=1e-3.")
+    *sections, last = key.split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise RecipeError(f"{word!r}: {section} is a value, not a section.")
+    values[last] = _scalar(text)
+
+
+def _scalar(text: str) -> Any:
+    try:
+        return float(text) if "e" in text.lower() else yaml.safe_load(text)  # YAML 1.1 reads 1e-3 as a string
+    except ValueError:
+        return yaml.safe_load(text)
+
+
+def _explain(item: Any) -> str:
+    """One sentence for one of pydantic's errors."""
+    key = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        section = _section(tuple(item["loc"][:-1]))
+        names = sorted(section.model_fields)
+        return f"unknown key {key}.{_nearest(str(item['loc'][-1]), names)} The keys there are {', '.join(names)}"
+    if item["type"] == "missing":
+        return f"{key} is required"
+    found = "" if isinstance(item["input"], dict) else f" (found {item['input']!r})"
+    return f"{key or 'recipe'}: {item['msg'].removeprefix('Value error, ')}{found}"
+
+
+def _section(location: tuple[Any, ...]) -> type[BaseModel]:
+    section: type[BaseModel] = Recipe
+    for part in location:
+        section = cast("type[BaseModel]", section.model_fields[part].annotation)
+    return section
+
+
+def _nearest(word: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f" Did you mean {close[0]}?" if close else ""
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat

@@ -1,0 +1,87 @@
+"""Several processes give the batches, losses and weights of one, and refuse to be fewer than asked for."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pipeline.tracking import read_metrics
+from tests.processes import train
+
+
+@pytest.fixture(scope="module")
+def runs(dataset, tmp_path_factory):
+    """The same six steps at world sizes 1, 2 and 3; ten pairs do not divide by three."""
+    import yaml
+
+    from tests.conftest import RECIPE
+
+    folder = tmp_path_factory.mktemp("ranks")
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
+    for world in (1, 2, 3):
+        arguments = [str(folder / "recipe.yaml"), "--data", str(dataset), "--run", str(folder / str(world))]
+        assert train([*arguments, "train.steps=6", f"train.processes={world}"], world=world) == 0
+    return folder
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_global_batches_losses_and_gradients_equal_one_process(runs, world):
+    one, several = read_metrics(runs / "1"), read_metrics(runs / str(world))
+    assert [line["batch_sha256"] for line in one] == [line["batch_sha256"] for line in several]
+    assert several[0]["loss"] == pytest.approx(one[0]["loss"], rel=1e-6)
+    assert several[0]["grad_norm"] == pytest.approx(one[0]["grad_norm"], rel=1e-5)
+    for before, after in zip(one, several, strict=True):
+        assert after["loss"] == pytest.approx(before["loss"], rel=1e-4)
+    final = [load_file(runs / name / "checkpoints/step-00000006/model.safetensors") for name in ("1", str(world))]
+    for name, tensor in final[0].items():
+        torch.testing.assert_close(final[1][name], tensor, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_a_run_may_go_on_with_another_number_of_ranks(runs, dataset):
+    arguments = [str(runs / "recipe.yaml"), "--data", str(dataset), "--run", str(runs / "2")]
+    assert train([*arguments, "train.steps=8", "train.processes=3"], world=3) == 0
+    assert train([str(runs / "recipe.yaml"), "--data", str(dataset), "--run", str(runs / "1"), "train.steps=8"]) == 0
+    hashes = [[line["batch_sha256"] for line in read_metrics(runs / name)] for name in ("1", "2")]
+    assert hashes[0] == hashes[1]
+    assert len(hashes[0]) == 8
+
+
+def test_fewer_processes_than_asked_for_are_refused(recipe, dataset, tmp_path, capfd):
+    arguments = [str(recipe()), "--data", str(dataset), "--run", str(tmp_path / "run")]
+    assert train([*arguments, "train.processes=2"]) == 2
+    assert "train.processes = 2, but 1 are running" in capfd.readouterr().err
+
+
+def test_a_launcher_that_starts_only_one_process_is_noticed(recipe, dataset, tmp_path):
+    """`accelerate launch --cpu --num_processes 2` starts one process and says nothing."""
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m"]
+    trainer = ["pipeline", "train", str(recipe()), "--data", str(dataset), "--run", str(tmp_path / "run")]
+    done = subprocess.run([*launcher, *trainer], capture_output=True, text=True, env={**os.environ})
+    assert done.returncode != 0
+    assert "started a single process" in done.stderr
+
+
+def test_accelerate_launches_two_processes(recipe, dataset, tmp_path, runs):
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "-m"]
+    trainer = ["pipeline", "train", str(recipe()), "--data", str(dataset), "--run", str(tmp_path / "run")]
+    done = subprocess.run(
+        [*launcher, *trainer, "train.steps=2", "train.processes=2"], capture_output=True, text=True, env={**os.environ}
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    expected = [line["batch_sha256"] for line in read_metrics(runs / "1")[:2]]
+    assert [line["batch_sha256"] for line in read_metrics(tmp_path / "run")] == expected
+
+
+def test_launch_submit_runs_two_processes_and_keeps_the_exit_code(recipe, dataset, tmp_path, runs):
+    from launch.__main__ import main
+
+    command = ["submit", "--recipe", str(recipe()), "--data", str(dataset), "--run", str(tmp_path / "run")]
+    assert main([*command, "--processes", "2", "train.steps=2"]) == 0
+    expected = [line["batch_sha256"] for line in read_metrics(runs / "2")[:2]]
+    assert [line["batch_sha256"] for line in read_metrics(tmp_path / "run")] == expected
+    assert main([*command, "--processes", "2", "seed=9"]) == 2

@@ -1,0 +1,95 @@
+"""Recipes: strict, explained, and refused when they would make a resumed run another one."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from pipeline import config
+from pipeline.config import RecipeError
+
+MINIMAL = {
+    "model": {"name": "ViT-B-32"},
+    "train": {"steps": 10, "batch_size": 8},
+}
+
+
+def recipe(**sections):
+    return config.parse({**MINIMAL, **sections}, "test")
+
+
+def test_defaults_are_written_out_and_read_back():
+    whole = recipe()
+    assert config.parse(yaml.safe_load(whole.to_yaml()), "dump") == whole
+    assert whole.loss.init_scale == pytest.approx(1 / 0.07)
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"optim": {"learning_rate": 1}}, ["unknown key optim.learning_rate", "lr"]),
+        ({"optm": {}}, ["unknown key optm", "Did you mean optim?"]),
+        ({"optim": {"lr": -1}}, ["optim.lr", "greater than 0", "found -1"]),
+        ({"model": {"name": "a", "config": {"embed_dim": 1}}}, ["model", "not both"]),
+        ({"model": {"config": {"embed_dim": 1}}}, ["lacks", "text_cfg", "vision_cfg"]),
+        ({"train": {"steps": 3}}, ["train.batch_size is required"]),
+        ({"data": {"fields": {"caption": 1.0}}}, ["caption", "captions", "statements"]),
+        ({"data": {"crop_scale": [1.0, 0.5]}}, ["must ascend"]),
+        ({"checkpoint": {"keep": 1}}, ["checkpoint.keep", "greater than or equal to 2"]),
+    ],
+)
+def test_a_mistake_is_named_with_the_value_and_the_fix(sections, words):
+    with pytest.raises(RecipeError) as error:
+        recipe(**sections)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_settings_override_and_are_typed(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL))
+    loaded = config.load(str(path), ["optim.lr=1e-3", "train.steps=20", "data.workers=0", "optim.clip_norm=null"])
+    assert (loaded.optim.lr, loaded.train.steps, loaded.data.workers, loaded.optim.clip_norm) == (1e-3, 20, 0, None)
+    with pytest.raises(RecipeError, match=r"section\.key=value"):
+        config.load(str(path), ["optim.lr"])
+    with pytest.raises(RecipeError, match="Did you mean steps"):
+        config.load(str(path), ["train.step=20"])
+
+
+def test_every_shipped_recipe_parses():
+    names = [path.stem for path in config.RECIPES.glob("*.yaml")]
+    assert "demo" in names
+    for name in names:
+        config.load(name)
+
+
+def test_missing_recipes_are_named(tmp_path):
+    with pytest.raises(RecipeError, match="Did you mean demo"):
+        config.load("demoo")
+    with pytest.raises(RecipeError, match="no such file"):
+        config.load(str(tmp_path / "none.yaml"))
+
+
+def test_yaml_cannot_make_objects(tmp_path):
+    path = tmp_path / "evil.yaml"
+    path.write_text("seed: !!python/object/apply:os.system ['touch pwned']\n")
+    with pytest.raises(RecipeError, match="plain YAML"):
+        config.load(str(path))
+
+
+def test_resume_may_change_length_and_place_only(tmp_path):
+    stored = recipe()
+    config.refuse_changes(stored, recipe(train={"steps": 99, "batch_size": 8, "threads": 2}), tmp_path)
+    config.refuse_changes(stored, recipe(data={"workers": 7, "path": "elsewhere"}), tmp_path)
+    with pytest.raises(RecipeError, match=r"optim\.lr: 0\.0005 -> 0\.1"):
+        config.refuse_changes(stored, recipe(optim={"lr": 0.1}), tmp_path)
+    with pytest.raises(RecipeError, match="seed: 0 -> 1"):
+        config.refuse_changes(stored, recipe(seed=1), tmp_path)
+
+
+def test_a_recipe_is_checked_without_torch():
+    code = "import sys, pipeline.config as c; c.load('demo'); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
