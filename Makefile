@@ -5,7 +5,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-RUN ?= runs/demo
 SEED ?= 0
 RECIPE ?= demo
 FORMATS ?= open_clip
@@ -28,6 +27,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[export,dev]'
 	@touch $@
 
+demo: RUN ?= runs/demo
 demo: $(STAMP) ## everything on generated data, from nothing to a report: RUN=runs/demo SEED=0
 	$(BIN)/python -m launch demo --run "$(RUN)" --seed "$(SEED)" $(ARGS)
 
@@ -44,21 +44,23 @@ tokenizer: $(STAMP) ## captions → a SentencePiece model: DATA=dir OUT=file
 	$(BIN)/python -m data_prep vocabulary "$(DATA)" --out "$(OUT)" $(ARGS)
 
 train: $(STAMP) ## shards → checkpoints, resumed if begun: RECIPE=name DATA=dir RUN=dir ARGS="optim.lr=1e-3"
-	$(call need,DATA,RECIPE=name DATA=dir RUN=dir)
-	$(BIN)/python -m pipeline train "$(RECIPE)" --data "$(DATA)" --run "$(RUN)" $(ARGS)
+	$(call need,DATA,RECIPE=name DATA=dir RUN=dir)$(call need,RUN,RECIPE=name DATA=dir RUN=dir)
+	$(BIN)/python -m pipeline train "$(RECIPE)" "$(RUN)" --data "$(DATA)" $(ARGS)
 
 evaluate: $(STAMP) ## checkpoint → figures with intervals: RUN=dir DATA=dir
-	$(call need,DATA,RUN=dir DATA=dir)
+	$(call need,DATA,RUN=dir DATA=dir)$(call need,RUN,RUN=dir DATA=dir)
 	$(BIN)/python -m pipeline evaluate "$(RUN)" --data "$(DATA)" $(ARGS)
 
 export: $(STAMP) ## checkpoint → other tools' formats, proven equal: RUN=dir FORMATS="open_clip"
+	$(call need,RUN,RUN=dir)
 	$(BIN)/python -m pipeline export "$(RUN)" $(addprefix --format ,$(FORMATS)) $(ARGS)
 
 report: $(STAMP) ## run → report.html: RUN=dir [DATA=dir]
+	$(call need,RUN,RUN=dir)
 	$(BIN)/python -m pipeline report "$(RUN)" $(if $(DATA),--data "$(DATA)")
 
 submit: $(STAMP) ## train on several processes: CLUSTER=local PROCESSES=2 RECIPE=name DATA=dir RUN=dir
-	$(call need,DATA,RECIPE=name DATA=dir RUN=dir)
+	$(call need,DATA,RECIPE=name DATA=dir RUN=dir)$(call need,RUN,RECIPE=name DATA=dir RUN=dir)
 	$(BIN)/python -m launch submit --cluster "$(CLUSTER)" --processes "$(PROCESSES)" --recipe "$(RECIPE)" --data "$(DATA)" --run "$(RUN)" $(ARGS)
 
 test: $(STAMP) ## all tests but the slow ones

@@ -72,7 +72,7 @@ def commands(run: Path, seed: int, images: int, settings: tuple[str, ...]) -> It
     yield (
         "train",
         "shards → towers, by InfoNCE with a learnable temperature",
-        ["pipeline", "train", "demo", "--data", str(data), "--run", str(run), *changes],
+        ["pipeline", "train", "demo", str(run), "--data", str(data), *changes],
     )
     yield (
         "evaluate",

@@ -40,5 +40,5 @@ class Job:
         python = [sys.executable, "-m"]
         if self.processes > 1:
             python += ["torch.distributed.run", "--standalone", f"--nproc-per-node={self.processes}", "-m"]
-        trainer = ["pipeline", "train", self.recipe, "--data", str(self.data), "--run", str(self.run)]
+        trainer = ["pipeline", "train", self.recipe, str(self.run), "--data", str(self.data)]
         return [*python, *trainer, *self.settings, f"train.processes={self.processes}"]

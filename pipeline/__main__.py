@@ -34,6 +34,9 @@ StepOption = Annotated[int | None, typer.Option(help="Checkpoint to use, by its 
 @app.command()
 def train(
     recipe: Annotated[str, typer.Argument(help="A recipe's name (see `recipes`) or a .yaml file.", metavar="RECIPE")],
+    run: Annotated[
+        Path, typer.Argument(help="Where the run is written; an unfinished one there goes on.", metavar="RUN")
+    ],
     settings: Annotated[
         list[str] | None,
         typer.Argument(help="Changes to the recipe, such as optim.lr=1e-3 train.steps=2000.", metavar="[KEY=VALUE]…"),
@@ -41,9 +44,6 @@ def train(
     data: Annotated[
         str, typer.Option(help="The sharded dataset to train on (the same as data.path=…).", metavar="DIR")
     ] = "",
-    run: Annotated[Path, typer.Option(help="Where the run is written; an unfinished one there goes on.")] = Path(
-        "runs/run"
-    ),
 ) -> None:
     """Train a recipe, or go on from the newest checkpoint in the run folder.
 

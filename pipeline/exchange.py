@@ -39,11 +39,11 @@ def report(loss: Tensor, id_B: Tensor, *, bad: int, stop: bool, sizes: Sequence[
     own[0] = loss.detach().double().view(torch.int64)
     own[1], own[2] = bad, int(stop)
     own[3 : 3 + len(id_B)] = id_B.to(loss.device)
-    every = own
+    every = [own]
     if len(sizes) > 1:
-        every = own.new_empty(len(sizes) * len(own))
-        dist.all_gather_into_tensor(every, own)
-    rows = every.view(len(sizes), -1).cpu()
+        every = [torch.empty_like(own) for _ in sizes]
+        dist.all_gather(every, own)
+    rows = torch.stack(every).cpu()
     ids = [row[3 : 3 + size].numpy() for row, size in zip(rows, sizes, strict=True)]
     return StepReport(
         loss=float(rows[:, 0].contiguous().view(torch.float64).sum()),

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import asdict
 from typing import Any
 
 import open_clip
 import torch
+from open_clip.model import set_model_preprocess_cfg
+from open_clip.transform import PreprocessCfg
 from torch import nn
 
 from data_prep.record import DataError
+
+# open_clip's CLIP or CustomTextCLIP; open_clip has no type annotations.
+Towers = Any
 
 
 class ModelError(DataError):
@@ -27,7 +33,7 @@ def model_cfg(name: str, config: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def build(config: dict[str, Any], *, init_scale: float = 1 / 0.07) -> nn.Module:
+def build(config: dict[str, Any], *, init_scale: float = 1 / 0.07) -> Towers:
     """The two towers with freshly drawn weights (seed torch before), and logit_scale = ln(init_scale).
 
     Raises:
@@ -37,12 +43,15 @@ def build(config: dict[str, Any], *, init_scale: float = 1 / 0.07) -> nn.Module:
     custom_text = settings.pop("custom_text", False) or "hf_model_name" in settings["text_cfg"]
     tower = open_clip.CustomTextCLIP if custom_text else open_clip.CLIP
     try:
-        return tower(**settings, init_logit_scale=math.log(init_scale))
+        towers = tower(**settings, init_logit_scale=math.log(init_scale))
     except (TypeError, RuntimeError, ValueError, AssertionError) as error:
         raise ModelError(f"open_clip cannot build model {settings}: {error}") from error
+    # open_clip's factory leaves the normalisation with the image tower; so do we.
+    set_model_preprocess_cfg(towers, asdict(PreprocessCfg(size=towers.visual.image_size)))
+    return towers
 
 
-def image_size(model: nn.Module) -> tuple[int, int]:
+def image_size(model: Towers) -> tuple[int, int]:
     """(height, width) that the image tower takes."""
     size = model.visual.image_size
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
@@ -62,6 +71,6 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 @torch.no_grad()
-def clamp_scale(model: nn.Module, max_scale: float) -> None:
+def clamp_scale(model: Towers, max_scale: float) -> None:
     """Hold logit_scale in [0, ln(max_scale)], as the original CLIP does after each step."""
     model.logit_scale.clamp_(0.0, math.log(max_scale))

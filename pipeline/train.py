@@ -179,7 +179,7 @@ def train(recipe: Recipe, run: Path) -> str:
                         "samples_seen": step * plan.global_batch,
                         "wall_s": round(wall_before + now - started, 3),
                         "loss": told.loss,
-                        "logit_scale": float(towers.logit_scale.exp()),
+                        "logit_scale": float(towers.logit_scale.detach().exp()),
                         "lr": rate,
                         "grad_norm": float(norm),
                         "samples_per_s": plan.global_batch / (now - stepped),

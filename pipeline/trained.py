@@ -10,7 +10,7 @@ from typing import Any
 import open_clip
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipeline import checkpoint as checkpoints
 from pipeline import config, model, tokenizer
@@ -34,7 +34,7 @@ class TrainedModel:
     step: int
     recipe: config.Recipe
     model_cfg: dict[str, Any]
-    towers: nn.Module
+    towers: model.Towers
     tokenize: tokenizer.Tokenizer
     preprocess: Callable[[Image.Image], Tensor]
 

@@ -134,7 +134,7 @@ class Plan:
     @functools.cached_property
     def _starts(self) -> Ids:
         """(shards + 1,) first id of each shard, and N."""
-        return np.concatenate([[0], np.cumsum(self.sizes, dtype=np.int64)])
+        return np.cumsum((0, *self.sizes), dtype=np.int64)
 
     def _lane_ids(self, epoch: int, lane: int, positions: Ids) -> Ids:
         """Ids at `positions` (ascending) of a lane's shuffled order."""
@@ -150,10 +150,11 @@ class Plan:
             order = self._permutation(int(high - low), "window", epoch, lane, int(window))
             line[chosen] = begin + low + order[positions[chosen] - low]
         shards = self._permutation(len(self.sizes), "shards", epoch)
-        ends = np.cumsum(np.diff(self._starts)[shards])
+        ends = np.cumsum(np.diff(self._starts)[shards], dtype=np.int64)
         place = np.searchsorted(ends, line, side="right")
         # Where a sample lies in its shard, counted back from the shard's end in the line and in the split.
-        return self._starts[shards[place] + 1] - (ends[place] - line)
+        ids: Ids = self._starts[shards[place] + 1] - (ends[place] - line)
+        return ids
 
     def _permutation(self, length: int, purpose: str, *keys: int) -> Ids:
         """A permutation of its own for each purpose and key; the latest are kept."""
@@ -163,7 +164,8 @@ class Plan:
                 self._orders.clear()
             bits = _philox(self.seed, purpose, *keys).random_raw(length)
             self._orders[key] = np.argsort(bits, kind="stable")
-        return self._orders[key]
+        order: Ids = self._orders[key]
+        return order
 
 
 def rank_bounds(batch: int, world: int) -> list[int]:
@@ -179,7 +181,7 @@ def batch_sha256(ids: Sequence[int] | Ids) -> str:
 def sample_uniforms(seed: int, epoch: int, sample: int, count: int) -> NDArray[np.float64]:
     """(count,) numbers in [0, 1): all that is random about a sample in an epoch, its text and its crop."""
     bits = _philox(seed, "sample", epoch, sample).random_raw(count)
-    return (bits >> np.uint64(11)) * 2.0**-53
+    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def _philox(seed: int, purpose: str, *keys: int) -> np.random.Philox:

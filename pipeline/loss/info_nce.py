@@ -100,6 +100,6 @@ def _gather(own: Tensor, sizes: Sequence[int] | None) -> Tensor:
     sizes = sizes or [len(own)] * dist.get_world_size()
     padded = own.new_zeros(max(sizes), *own.shape[1:])
     padded[: len(own)] = own
-    gathered = padded.new_empty(len(sizes) * len(padded), *own.shape[1:])
-    dist.all_gather_into_tensor(gathered, padded)
-    return torch.cat([rows[:size] for rows, size in zip(gathered.split(len(padded)), sizes, strict=True)])
+    gathered = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(gathered, padded)
+    return torch.cat([rows[:size] for rows, size in zip(gathered, sizes, strict=True)])

@@ -24,7 +24,7 @@ def runs(dataset, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
     for world in (1, 2, 3):
-        arguments = [str(folder / "recipe.yaml"), "--data", str(dataset), "--run", str(folder / str(world))]
+        arguments = [str(folder / "recipe.yaml"), str(folder / str(world)), "--data", str(dataset)]
         assert train([*arguments, "train.steps=6", f"train.processes={world}"], world=world) == 0
     return folder
 
@@ -43,16 +43,16 @@ def test_global_batches_losses_and_gradients_equal_one_process(runs, world):
 
 
 def test_a_run_may_go_on_with_another_number_of_ranks(runs, dataset):
-    arguments = [str(runs / "recipe.yaml"), "--data", str(dataset), "--run", str(runs / "2")]
+    arguments = [str(runs / "recipe.yaml"), str(runs / "2"), "--data", str(dataset)]
     assert train([*arguments, "train.steps=8", "train.processes=3"], world=3) == 0
-    assert train([str(runs / "recipe.yaml"), "--data", str(dataset), "--run", str(runs / "1"), "train.steps=8"]) == 0
+    assert train([str(runs / "recipe.yaml"), str(runs / "1"), "--data", str(dataset), "train.steps=8"]) == 0
     hashes = [[line["batch_sha256"] for line in read_metrics(runs / name)] for name in ("1", "2")]
     assert hashes[0] == hashes[1]
     assert len(hashes[0]) == 8
 
 
 def test_fewer_processes_than_asked_for_are_refused(recipe, dataset, tmp_path, capfd):
-    arguments = [str(recipe()), "--data", str(dataset), "--run", str(tmp_path / "run")]
+    arguments = [str(recipe()), str(tmp_path / "run"), "--data", str(dataset)]
     assert train([*arguments, "train.processes=2"]) == 2
     assert "train.processes = 2, but 1 are running" in capfd.readouterr().err
 
@@ -60,7 +60,7 @@ def test_fewer_processes_than_asked_for_are_refused(recipe, dataset, tmp_path, c
 def test_a_launcher_that_starts_only_one_process_is_noticed(recipe, dataset, tmp_path):
     """`accelerate launch --cpu --num_processes 2` starts one process and says nothing."""
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m"]
-    trainer = ["pipeline", "train", str(recipe()), "--data", str(dataset), "--run", str(tmp_path / "run")]
+    trainer = ["pipeline", "train", str(recipe()), str(tmp_path / "run"), "--data", str(dataset)]
     done = subprocess.run([*launcher, *trainer], capture_output=True, text=True, env={**os.environ})
     assert done.returncode != 0
     assert "started a single process" in done.stderr
@@ -68,7 +68,7 @@ def test_a_launcher_that_starts_only_one_process_is_noticed(recipe, dataset, tmp
 
 def test_accelerate_launches_two_processes(recipe, dataset, tmp_path, runs):
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "-m"]
-    trainer = ["pipeline", "train", str(recipe()), "--data", str(dataset), "--run", str(tmp_path / "run")]
+    trainer = ["pipeline", "train", str(recipe()), str(tmp_path / "run"), "--data", str(dataset)]
     done = subprocess.run(
         [*launcher, *trainer, "train.steps=2", "train.processes=2"], capture_output=True, text=True, env={**os.environ}
     )

@@ -33,14 +33,14 @@ def straight(dataset, tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("straight")
     (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
-    assert train([str(folder / "recipe.yaml"), "--data", str(dataset), "--run", str(folder / "run")]) == 0
+    assert train([str(folder / "recipe.yaml"), str(folder / "run"), "--data", str(dataset)]) == 0
     return folder / "run"
 
 
 @pytest.fixture
 def command(dataset, recipe, tmp_path):
     run = tmp_path / "run"
-    return [str(recipe()), "--data", str(dataset), "--run", str(run)], run
+    return [str(recipe()), str(run), "--data", str(dataset)], run
 
 
 def test_kill_9_three_times_in_a_row(straight, command):

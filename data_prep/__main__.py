@@ -1,0 +1,212 @@
+"""python -m data_prep COMMAND: raw datasets → shards that can be trusted.
+
+Commands import what they need when they run, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from data_prep.record import DataError
+
+if TYPE_CHECKING:
+    from data_prep.manifest import Dataset
+
+USER_MUST_ACT = 2
+
+app = typer.Typer(
+    help="Raw datasets in, verified and leak-free WebDataset shards out.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+console = Console(stderr=True)
+
+DataArgument = Annotated[Path, typer.Argument(help="A sharded dataset: a folder with manifest.json.", metavar="DIR")]
+WorkersOption = Annotated[int, typer.Option(help="Processes; the output does not depend on it.")]
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@app.command()
+def sample(
+    out: Annotated[Path, typer.Argument(help="Folder to write.", metavar="DIR")],
+    images: Annotated[int, typer.Option(help="Train images to draw.")] = 24_000,
+    seed: Annotated[int, typer.Option(help="Seed of the scenes.")] = 0,
+    workers: WorkersOption = CORES,
+) -> None:
+    """Draw scenes of coloured shapes, with captions and questions, in the layouts of COCO, Flickr30K and VQA v2."""
+    from data_prep.sources import sample as generator
+
+    with _progress() as advance:
+        generator.write(
+            out, images=images, seed=seed, workers=workers, progress=lambda done: advance("scenes", done, images)
+        )
+
+
+@app.command()
+def build(
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            help="Sources by name: coco, coco_karpathy, flickr30k, vqa, table, images, sample.",
+            metavar="NAME=PATH…",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder of the dataset; an unfinished one there is finished.")],
+    name: Annotated[str, typer.Option(help="Name of the dataset; by default the folder's.")] = "",
+    resize: Annotated[
+        str, typer.Option(help="Shorter side of images in pixels, never enlarged, or `none` to keep them as they are.")
+    ] = "none",
+    samples_per_shard: Annotated[int, typer.Option(help="Images a shard, at most 10000.")] = 1000,
+    seed: Annotated[int, typer.Option(help="Seed of the order in which images are dealt to train shards.")] = 0,
+    near_duplicates: Annotated[
+        bool,
+        typer.Option(
+            "--drop-near-duplicates/--keep-near-duplicates",
+            help="Drop train images that look like a held-out one (equal 64-bit difference hash).",
+        ),
+    ] = True,
+    image_column: Annotated[str, typer.Option(help="For table=…: the column of image paths.")] = "image",
+    caption_column: Annotated[
+        list[str] | None, typer.Option(help="For table=…: a column of captions; repeat for several.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option(help="Remove a dataset that is already there.")] = False,
+    workers: WorkersOption = CORES,
+) -> None:
+    """Read sources, verify every image, take held-out images out of train, and write shards and evaluation sets."""
+    from data_prep import build as builder
+    from data_prep import manifest
+    from data_prep.sources import TableOptions, parse
+
+    pairs = parse(sources)
+    if resize != "none" and not (resize.isdigit() and int(resize)):
+        raise DataError(f"--resize {resize!r}: give a number of pixels, or none.")
+    if overwrite and out.exists():
+        if any(out.iterdir()) and not (out / manifest.MANIFEST).is_file() and not (out / ".build").is_dir():
+            raise DataError(f"--overwrite: {out} is not a dataset; remove it yourself if it may go.")
+        shutil.rmtree(out)
+    options = builder.Options(
+        name=name or out.resolve().name,
+        resize=None if resize == "none" else int(resize),
+        samples_per_shard=samples_per_shard,
+        seed=seed,
+        near_duplicates=near_duplicates,
+        workers=workers,
+    )
+    table = TableOptions(image_column, tuple(caption_column or ["caption"]))
+    with _progress() as advance:
+        dataset = builder.build(pairs, out, options, table, advance)
+    _show(dataset)
+
+
+@app.command()
+def verify(data: DataArgument) -> None:
+    """Hash every file of a dataset and compare with its manifest; exit code 2 where anything differs."""
+    from data_prep import manifest
+
+    total = sum(shard.bytes for shard in manifest.read(data).shards)
+    done = 0
+    with _progress() as advance:
+
+        def hear(size: int) -> None:
+            nonlocal done
+            done += size
+            advance("bytes", min(done, total), total)
+
+        problems = manifest.verify(data, hear)
+    if problems:
+        raise DataError(f"{data}: {len(problems)} problems.\n" + "\n".join(problems))
+    console.print(f"{data}: every byte is as the manifest says.")
+
+
+@app.command()
+def show(data: DataArgument) -> None:
+    """Print a dataset's splits, and what was kept and dropped."""
+    from data_prep import manifest
+
+    _show(manifest.read(data))
+
+
+@app.command()
+def vocabulary(
+    data: DataArgument,
+    out: Annotated[Path, typer.Option(help="File to write, such as vocabulary.model.")],
+    size: Annotated[int, typer.Option(help="Pieces, the four reserved ones included.")] = 8000,
+    type: Annotated[str, typer.Option(help="bpe or unigram; unigram needs a rich language.")] = "bpe",
+) -> None:
+    """Train a SentencePiece vocabulary on the train captions, and say how well it covers them."""
+    from data_prep import vocabulary as trainer
+
+    if type not in ("bpe", "unigram"):
+        raise DataError(f"--type {type!r}: choose bpe or unigram.")
+    found = trainer.train(data, out, size=size, kind=type)
+    console.print(
+        f"{out}: {found.pieces} pieces; {found.texts} texts, {found.tokens_per_text:.1f} tokens each, "
+        f"{found.unknown_rate:.4%} unknown"
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command and return its exit code (contract 4)."""
+    try:
+        app(argv)
+    except DataError as error:
+        typer.echo(f"error: {error}", err=True)
+        return USER_MUST_ACT
+    except SystemExit as exit_:
+        return int(exit_.code or 0)
+    return 0
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """advance(stage, done, total): a bar a stage on a terminal, a line at each tenth in a log."""
+    if not sys.stderr.isatty():
+        said: dict[str, int] = {}
+
+        def say(stage: str, done: int, total: int) -> None:
+            tenth = 10 * done // max(total, 1)
+            if tenth > said.get(stage, 0):
+                said[stage] = tenth
+                typer.echo(f"{stage}: {done} of {total}", err=True)
+
+        yield say
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as bars:
+        tasks = {}
+
+        def move(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total)
+            bars.update(tasks[stage], completed=done, total=total)
+
+        yield move
+
+
+def _show(dataset: Dataset) -> None:
+    splits = Table("split", "kind", "shards", "images", "captions", "MB", box=None)
+    for name, totals in dataset.manifest["splits"].items():
+        figures = (totals["shards"], totals["samples"], totals["captions"], f"{totals['bytes'] / 1e6:.1f}")
+        splits.add_row(name, totals["kind"], *map(str, figures))
+    console.print(splits)
+    counts = dataset.manifest["counts"]
+    for source, number in counts["read"].items():
+        reasons = ", ".join(f"{reason} {count}" for reason, count in counts["dropped"].get(source, {}).items())
+        console.print(f"{source}: {number} records read; dropped: {reasons or 'nothing'}", highlight=False)
+    console.print(f"{dataset.path}: whole", highlight=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,125 @@
+"""An image file → verified RGB bytes to store, and the hashes by which copies of it are found."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import itertools
+import warnings
+from dataclasses import dataclass
+
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+# Formats that every reader of the shards decodes, and the extension under which each is stored.
+EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
+MAX_PIXELS = 100_000_000
+JPEG_QUALITY = 95
+HASH_SIDE = 8
+ORIENTATION = 0x0112
+
+
+class BadImage(ValueError):  # noqa: N818 (it describes an image, not a failure of ours)
+    """An image that cannot be used; the message is the reason under which it is counted."""
+
+
+@dataclass(frozen=True)
+class StoredImage:
+    """What goes into a shard.
+
+    Attributes:
+        data, extension: the encoded RGB image.
+        width, height: of it; original_width, original_height: of the file, as it is meant to be seen.
+        sha256: of `data`; original_sha256: of the file.
+        perceptual_hash: 64 bits in hex: whether brightness grows from each of 8 × 8 cells to the next.
+    """
+
+    data: bytes
+    extension: str
+    width: int
+    height: int
+    original_width: int
+    original_height: int
+    sha256: str
+    original_sha256: str
+    perceptual_hash: str
+
+
+def prepare(data: bytes, resize: int | None) -> StoredImage:
+    """Check, orient, convert, and if need be shrink an image.
+
+    Args:
+        data: the file's bytes; their type is read from them, not from a name.
+        resize: pixels of the shorter side, never enlarged; None keeps the file's bytes where they are already an
+            upright RGB image.
+
+    Raises:
+        BadImage: empty, not JPEG, PNG or WebP, over 100 megapixels, animated, or undecodable.
+    """
+    if not data:
+        raise BadImage("empty_file")
+    try:
+        with warnings.catch_warnings():
+            # The limit is ours, and checked from the header before a pixel is decoded.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(data), formats=list(EXTENSIONS))
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        raise BadImage("not_an_image") from None
+    if image.width * image.height > MAX_PIXELS:
+        raise BadImage("too_many_pixels")
+    if getattr(image, "n_frames", 1) > 1:
+        raise BadImage("animated")
+    form = str(image.format)
+    try:
+        upright = image.getexif().get(ORIENTATION, 1) == 1
+        image.load()
+        ready = image if upright else ImageOps.exif_transpose(image)
+        ready = _to_rgb(ready)
+    except (OSError, ValueError, SyntaxError, EOFError):
+        raise BadImage("undecodable") from None
+    original_width, original_height = ready.size
+    if resize and min(ready.size) > resize:
+        scale = resize / min(ready.size)
+        ready = ready.resize((round(ready.width * scale), round(ready.height * scale)), Image.Resampling.LANCZOS)
+    original_sha256 = hashlib.sha256(data).hexdigest()
+    if ready is image:
+        stored, extension = data, EXTENSIONS[form]
+    else:
+        buffer = io.BytesIO()
+        ready.save(buffer, "JPEG", quality=JPEG_QUALITY)
+        stored, extension = buffer.getvalue(), "jpg"
+    return StoredImage(
+        data=stored,
+        extension=extension,
+        width=ready.width,
+        height=ready.height,
+        original_width=original_width,
+        original_height=original_height,
+        sha256=original_sha256 if stored is data else hashlib.sha256(stored).hexdigest(),
+        original_sha256=original_sha256,
+        perceptual_hash=perceptual_hash(ready),
+    )
+
+
+def perceptual_hash(image: Image.Image) -> str:
+    """The difference hash (dHash) of an image: 8 × 8 comparisons of neighbouring cells, as 16 hex digits."""
+    grey = image.convert("L").resize((HASH_SIDE + 1, HASH_SIDE), Image.Resampling.BOX)
+    pixels = grey.tobytes()
+    bits = 0
+    for row in range(HASH_SIDE):
+        line = pixels[row * (HASH_SIDE + 1) : (row + 1) * (HASH_SIDE + 1)]
+        for left, right in itertools.pairwise(line):
+            bits = bits << 1 | (right > left)
+    return f"{bits:0{HASH_SIDE * HASH_SIDE // 4}x}"
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """RGB pixels; 16-bit greys are scaled, and what is transparent becomes white."""
+    if image.mode == "RGB":
+        return image
+    if image.mode.startswith("I"):
+        return image.convert("I").point(lambda value: value / 256).convert("L").convert("RGB")
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, "white")
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return image.convert("RGB")

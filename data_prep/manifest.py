@@ -1,0 +1,170 @@
+"""What a sharded dataset says about itself: written last, read by every later stage, verified byte by byte.
+
+manifest.json     totals, options, counts, and the hash of every other file but the shards
+shards.parquet    one row a shard, in order, with its hash
+manifest.sha256   of manifest.json; where it is, the dataset is whole
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from data_prep.record import TRAIN, DataError, Kind
+
+SCHEMA_VERSION = 1
+MANIFEST, SEAL, SHARDS = "manifest.json", "manifest.sha256", "shards.parquet"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar of a dataset; `name` is relative to its folder, such as train/00000.tar."""
+
+    split: str
+    name: str
+    bytes: int
+    sha256: str
+    samples: int
+    captions: int
+
+
+@dataclass(frozen=True)
+class EvaluationSet:
+    """A folder in CLIP_benchmark's layout; `samples` images."""
+
+    name: str
+    kind: Kind
+    path: Path
+    samples: int
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A whole sharded dataset, its manifest checked."""
+
+    path: Path
+    name: str
+    shards: tuple[Shard, ...]
+    evaluation_sets: tuple[EvaluationSet, ...]
+    manifest: dict[str, Any]
+
+    def split(self, name: str) -> tuple[Shard, ...]:
+        """The shards of a split, in order.
+
+        Raises:
+            DataError: there is none; the splits that there are, are named.
+        """
+        found = tuple(shard for shard in self.shards if shard.split == name)
+        if not found:
+            known = sorted({shard.split for shard in self.shards})
+            raise DataError(f"{self.path} has no split {name!r}. It has {', '.join(known) or 'no shards at all'}.")
+        return found
+
+    def fingerprint(self, name: str) -> str:
+        """sha256 over the split's ordered (shard sha256, samples) rows: the bytes that train, and nothing else."""
+        digest = hashlib.sha256()
+        for shard in self.split(name):
+            digest.update(f"{shard.sha256} {shard.samples}\n".encode())
+        return digest.hexdigest()
+
+
+def read(path: Path) -> Dataset:
+    """Read a dataset's manifest and shard table, both checked against their hashes.
+
+    Raises:
+        DataError: no dataset there, an unfinished or damaged one, or one that newer code wrote.
+    """
+    for name in (MANIFEST, SEAL, SHARDS):
+        if not (path / name).is_file():
+            raise DataError(
+                f"{path}: looked for {name} and found none. Either this is not a sharded dataset, or its build was "
+                "cut off: run the same `python -m data_prep build` again, it goes on where it stopped."
+            )
+    text = (path / MANIFEST).read_bytes()
+    _expect(path / MANIFEST, hashlib.sha256(text).hexdigest(), (path / SEAL).read_text(encoding="utf-8").split()[0])
+    manifest: dict[str, Any] = json.loads(text)
+    if manifest["schema_version"] > SCHEMA_VERSION:
+        raise DataError(
+            f"{path / MANIFEST}: schema version {manifest['schema_version']} is newer than {SCHEMA_VERSION}, the "
+            "newest that this code reads. Update it, or build the dataset again with it."
+        )
+    _expect(path / SHARDS, sha256(path / SHARDS), manifest["files"][SHARDS])
+    sets = tuple(
+        EvaluationSet(name, known["kind"], path / "eval" / name, known["samples"])
+        for name, known in manifest["splits"].items()
+        if name != TRAIN
+    )
+    return Dataset(path, manifest["name"], tuple(_read_shards(path / SHARDS)), sets, manifest)
+
+
+def write(path: Path, manifest: dict[str, Any], shards: Iterable[Shard], files: Iterable[str]) -> None:
+    """Seal a dataset: the shard table, then the manifest with the hash of each of `files`, then its own hash."""
+    _write_shards(path / SHARDS, shards)
+    hashes = {name: sha256(path / name) for name in sorted({SHARDS, *files})}
+    text = json.dumps({"schema_version": SCHEMA_VERSION, **manifest, "files": hashes}, indent=1, ensure_ascii=False)
+    write_atomically(path / MANIFEST, text.encode())
+    write_atomically(path / SEAL, f"{hashlib.sha256(text.encode()).hexdigest()}  {MANIFEST}\n".encode())
+
+
+def verify(path: Path, progress: Callable[[int], None] = lambda _: None) -> list[str]:
+    """Hash every file of a dataset; the problems found, one sentence each, none where it is sound.
+
+    `progress` hears of the bytes of each file that was read.
+    """
+    dataset = read(path)
+    expected = {shard.name: shard.sha256 for shard in dataset.shards} | dataset.manifest["files"]
+    problems = []
+    for name, wanted in expected.items():
+        if not (path / name).is_file():
+            problems.append(f"{name}: missing.")
+            continue
+        if (found := sha256(path / name)) != wanted:
+            problems.append(f"{name}: sha256 is {found}, the manifest lists {wanted}.")
+        progress((path / name).stat().st_size)
+    present = {file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()}
+    problems += [f"{name}: not listed in the manifest." for name in sorted(present - {*expected, MANIFEST, SEAL})]
+    return problems
+
+
+def sha256(path: Path) -> str:
+    """A file's sha256, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file under a temporary name, sync, and give it its own: it is seen whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _expect(path: Path, found: str, wanted: str) -> None:
+    if found != wanted:
+        raise DataError(f"{path}: sha256 is {found}, {wanted} was written down. The file was changed or damaged.")
+
+
+def _read_shards(path: Path) -> list[Shard]:
+    import pyarrow.parquet as pq
+
+    return [Shard(**row) for row in pq.read_table(path, columns=[column.name for column in fields(Shard)]).to_pylist()]
+
+
+def _write_shards(path: Path, shards: Iterable[Shard]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    text, number = pa.string(), pa.int64()
+    types = {"split": text, "name": text, "bytes": number, "sha256": text, "samples": number, "captions": number}
+    table = pa.Table.from_pylist([asdict(shard) for shard in shards], schema=pa.schema(types))
+    buffer = pa.BufferOutputStream()
+    pq.write_table(table, buffer)
+    write_atomically(path, buffer.getvalue().to_pybytes())

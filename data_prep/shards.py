@@ -1,0 +1,245 @@
+"""Records → one tar with its table: verified images, cleaned texts, the same bytes for the same input.
+
+A shard is one task: it can be made alone, on any machine, and made again. Files get their final names when they are
+complete, the task's result (`Made`) last; a build that was killed redoes the tasks that have no result.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from data_prep import captions as texts
+from data_prep.images import BadImage, StoredImage, prepare
+from data_prep.leakage import HeldOut
+from data_prep.manifest import Shard, sha256, write_atomically
+from data_prep.record import TRAIN, Record
+
+# Where the tasks' results lie while a build is under way.
+BUILD = ".build"
+
+
+@dataclass(frozen=True)
+class Task:
+    """One shard to make.
+
+    Attributes:
+        out: the dataset's folder.
+        tar: the shard's name below it, such as train/00000.tar.
+        keys: a name for each record, unique in its split.
+        resize: see `data_prep.images.prepare`.
+        held_out: images that this shard must not contain; empty for evaluation sets.
+    """
+
+    out: Path
+    tar: str
+    split: str
+    records: tuple[Record, ...]
+    keys: tuple[str, ...]
+    resize: int | None
+    held_out: HeldOut
+
+    @property
+    def result(self) -> Path:
+        return self.out / BUILD / (self.tar.replace("/", "_") + ".json")
+
+    def identity(self) -> str:
+        """The hash of all that decides the shard's bytes but the image files."""
+        content = (self.tar, self.split, self.records, self.keys, self.resize, self.held_out.sha256())
+        return hashlib.sha256(repr(content).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+@dataclass(frozen=True)
+class Made:
+    """What became of a task.
+
+    Attributes:
+        kept: images by source.
+        dropped: one {image_id, source, split, reason, detail} for each image or text left out.
+        files, looks: hashes of the images, for the guard against leaks.
+    """
+
+    identity: str
+    shard: Shard
+    kept: Mapping[str, int]
+    dropped: tuple[Mapping[str, str], ...]
+    files: tuple[str, ...]
+    looks: tuple[str, ...]
+
+
+@dataclass
+class Texts:
+    """An image's cleaned texts, and why others were dropped."""
+
+    captions: list[str] = field(default_factory=list)
+    statements: list[str] = field(default_factory=list)
+    dropped: list[tuple[str, str]] = field(default_factory=list)
+
+
+def make(task: Task) -> Made:
+    """Make a shard, or return the result that an earlier run left."""
+    done = _earlier_result(task)
+    if done:
+        return done
+    rows: list[dict[str, Any]] = []
+    dropped: list[Mapping[str, str]] = []
+    looks, files = [], []
+
+    def drop(record: Record, reason: str, detail: str = "") -> None:
+        where = {"image_id": record.image_id, "source": record.source, "split": record.split}
+        dropped.append({**where, "reason": reason, "detail": detail})
+
+    import webdataset as wds  # loads torch where it is installed, so only where tars are written
+
+    path = task.out / task.tar
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        with wds.TarWriter(file, encoder=False, mtime=0, user="", group="", mode=0o644) as tar:
+            for key, record in zip(task.keys, task.records, strict=True):
+                cleaned = clean_texts(record)
+                for reason, text in cleaned.dropped:
+                    drop(record, reason, text[:200])
+                if not _is_usable(record, cleaned):
+                    drop(record, "no_text")
+                    continue
+                try:
+                    image = prepare(_read(record.path), task.resize)
+                except BadImage as error:
+                    drop(record, str(error), str(record.path))
+                    continue
+                if leak := task.held_out.reason_against(image):
+                    drop(record, leak)
+                    continue
+                tar.write({"__key__": key, image.extension: image.data, **members(record, cleaned, image)})
+                rows.append(_row(key, record, cleaned, image))
+                files += [image.sha256, image.original_sha256]
+                looks.append(image.perceptual_hash)
+        file.flush()
+        os.fsync(file.fileno())
+    _write_table(path.with_suffix(".parquet"), rows)
+    temporary.replace(path)
+    shard = Shard(
+        split=task.split,
+        name=task.tar,
+        bytes=path.stat().st_size,
+        sha256=sha256(path),
+        samples=len(rows),
+        captions=sum(len(row["captions"]) for row in rows),
+    )
+    kept = dict(Counter(row["source"] for row in rows))
+    made = Made(task.identity(), shard, kept, tuple(dropped), tuple(sorted(set(files))), tuple(sorted(set(looks))))
+    write_atomically(task.result, json.dumps(asdict(made)).encode())
+    return made
+
+
+def clean_texts(record: Record) -> Texts:
+    """Clean a record's captions and, for training, make statements of its questions."""
+    result = Texts()
+    for caption in record.captions:
+        try:
+            result.captions.append(texts.clean(caption))
+        except texts.BadText as error:
+            result.dropped.append((str(error), caption))
+    if record.evaluation is None:
+        for question in record.questions:
+            answer = texts.agreed_answer(question)
+            if answer is None:
+                result.dropped.append(("low_agreement", str(question["question"])))
+            else:
+                result.statements.append(texts.clean(texts.statement(str(question["question"]), answer)))
+    return result
+
+
+def members(record: Record, cleaned: Texts, image: StoredImage) -> dict[str, bytes]:
+    """The members beside the image: `json`, and `txt` or `cls` as the split's readers expect them."""
+    about = {
+        "captions": cleaned.captions,
+        "statements": cleaned.statements,
+        "questions": list(record.questions),
+        "image_id": record.image_id,
+        "source": record.source,
+        "split": record.split,
+        "width": image.width,
+        "height": image.height,
+        "original_width": image.original_width,
+        "original_height": image.original_height,
+        "license": record.license,
+        "sha256": image.sha256,
+    }
+    found = {"json": json.dumps(about, ensure_ascii=False).encode("utf-8", "replace")}
+    kind = record.evaluation.kind if record.evaluation else TRAIN
+    if kind == "classification":
+        found["cls"] = str(record.label).encode()
+    elif kind == TRAIN:
+        found["txt"] = (cleaned.captions or cleaned.statements)[0].encode()
+    elif kind != "vqa":
+        found["txt"] = "\n".join(cleaned.captions).encode()
+    return found
+
+
+def _is_usable(record: Record, cleaned: Texts) -> bool:
+    kind = record.evaluation.kind if record.evaluation else TRAIN
+    return {
+        TRAIN: bool(cleaned.captions or cleaned.statements),
+        "retrieval": bool(cleaned.captions),
+        # The first caption is the right one: a set of others would be scored against a wrong one.
+        "selection": len(cleaned.captions) == len(record.captions) > 1,
+        "classification": record.label is not None,
+        "vqa": bool(record.questions),
+    }[kind]
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise BadImage("missing_file") from None
+
+
+def _row(key: str, record: Record, cleaned: Texts, image: StoredImage) -> dict[str, Any]:
+    return {
+        "key": key,
+        "image_id": record.image_id,
+        "ids": list(record.ids),
+        "source": record.source,
+        "captions": cleaned.captions,
+        "statements": cleaned.statements,
+        "license": None if record.license is None else str(record.license),
+        "width": image.width,
+        "height": image.height,
+        "bytes": len(image.data),
+        "sha256": image.sha256,
+        "original_sha256": image.original_sha256,
+        "perceptual_hash": image.perceptual_hash,
+    }
+
+
+def _write_table(path: Path, rows: list[dict[str, Any]]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    words, text, number = pa.list_(pa.string()), pa.string(), pa.int64()
+    types = {"key": text, "image_id": text, "ids": words, "source": text, "captions": words, "statements": words}
+    types |= {"license": text, "width": number, "height": number, "bytes": number}
+    types |= {"sha256": text, "original_sha256": text, "perceptual_hash": text}
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows, schema=pa.schema(types)), buffer)
+    write_atomically(path, buffer.getvalue())
+
+
+def _earlier_result(task: Task) -> Made | None:
+    if not task.result.is_file():
+        return None
+    stored = json.loads(task.result.read_text(encoding="utf-8"))
+    made = Made(**{**stored, "shard": Shard(**stored["shard"])})
+    path = task.out / task.tar
+    whole = path.is_file() and path.stat().st_size == made.shard.bytes and path.with_suffix(".parquet").is_file()
+    return made if whole and made.identity == task.identity() else None

@@ -1,0 +1,67 @@
+"""A user's own pairs: a CSV, TSV, JSONL or Parquet table with a column of image paths and one or more of captions.
+
+Relative paths count from the table's folder. Everything trains.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from data_prep.record import DataError, Record
+from data_prep.sources import TableOptions
+
+
+def read(path: Path, options: TableOptions) -> Iterator[Record]:
+    """Yield one Record a row, in the table's order; a caption cell may hold one text or a list of them.
+
+    Raises:
+        DataError: another file type, a column that is not there (those that are, are named), or a malformed row.
+    """
+    if path.suffix not in FORMATS:
+        raise DataError(f"{path}: tables are {', '.join(FORMATS)}; found {path.suffix or 'no suffix'}.")
+    wanted = (options.image_column, *options.caption_columns)
+    for number, row in enumerate(FORMATS[path.suffix](path), start=1):
+        if missing := [name for name in wanted if name not in row]:
+            raise DataError(
+                f"{path}: row {number} has no column {missing[0]!r}; it has {', '.join(map(str, row))}. "
+                "Name yours with --image-column and --caption-column."
+            )
+        captions: list[str] = []
+        for name in options.caption_columns:
+            cell = row[name]
+            captions += [str(text) for text in cell] if isinstance(cell, list) else [str(cell)] if cell else []
+        image = str(row[options.image_column])
+        yield Record(f"table:{image}", "table", path.parent / image, captions=tuple(captions))
+
+
+def _csv_rows(path: Path) -> Iterator[dict[str, Any]]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        yield from csv.DictReader(file, dialect="excel-tab" if path.suffix == ".tsv" else "excel")
+
+
+def _jsonl_rows(path: Path) -> Iterator[dict[str, Any]]:
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                yield dict(json.loads(line))
+            except (ValueError, TypeError) as error:
+                raise DataError(f"{path}:{number}: not a JSON object ({error}).") from None
+
+
+def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
+    import pyarrow.parquet as pq
+
+    for batch in pq.ParquetFile(path).iter_batches():
+        yield from batch.to_pylist()
+
+
+FORMATS: dict[str, Callable[[Path], Iterator[dict[str, Any]]]] = {
+    ".csv": _csv_rows,
+    ".tsv": _csv_rows,
+    ".jsonl": _jsonl_rows,
+    ".parquet": _parquet_rows,
+}
