@@ -47,7 +47,9 @@ def statement(question: str, answer: str) -> str:
     asked = question.strip().rstrip("?").strip()
     for pattern, form in RULES:
         if match := pattern.fullmatch(asked):
-            values = {name: value.strip() for name, value in match.groupdict().items() if value}
+            values = {name: (value or "").strip() for name, value in match.groupdict().items()}
+            if "verb" in values:
+                values["verb"] = values["verb"].lower()
             if "{yes}" in form:
                 if answer not in YES:
                     continue
@@ -71,7 +73,7 @@ RULES = (
     _rule(rf"what (?:is the )?colou?r (?:{_VERB} )?(?:of )?{_NOUN}", "{noun} is {answer}"),
     _rule(r"what colou?r are (?P<noun>.+)", "{noun} are {answer}"),
     _rule(r"what shape is (?P<noun>.+)", "{noun} is a {answer}"),
-    _rule(r"how many (?P<noun>.+?) are (?:there|visible|shown)(?P<rest>.*)", "there are {answer} {noun}{rest}"),
+    _rule(r"how many (?P<noun>.+?) are (?:there|visible|shown)(?P<rest>.*)", "there are {answer} {noun} {rest}"),
     _rule(r"how many (?P<noun>\w+) are (?P<rest>in .+|on .+)", "there are {answer} {noun} {rest}"),
     _rule(r"is there (?P<noun>.+)", "there is {yes} {noun}"),
     _rule(r"are there (?P<noun>.+)", "there are {yes} {noun}"),

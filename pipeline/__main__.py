@@ -78,7 +78,7 @@ def evaluate(
     """
     from pipeline.evaluate.run import evaluate as run_evaluation
 
-    run_evaluation(run, data, sets=sets or None, step=step)
+    run_evaluation(run, data, names=sets, step=step)
 
 
 @app.command()

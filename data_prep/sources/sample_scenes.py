@@ -1,0 +1,274 @@
+"""Generated scenes: one to four coloured shapes, as pixels, as captions, and as questions with their answers.
+
+Some colour-shape pairs never occur in training, neither in a picture nor in a text: what a model makes of them shows
+whether it has learned colours and shapes, or only their combinations. Everything is a function of the random
+generator that is handed in.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+COLORS = {
+    "red": (214, 40, 40),
+    "green": (36, 160, 60),
+    "blue": (40, 80, 220),
+    "yellow": (240, 215, 40),
+    "purple": (140, 50, 180),
+    "orange": (245, 135, 20),
+}
+SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
+NUMBERS = ("no", "one", "two", "three", "four")
+
+Pair = tuple[str, str]
+PAIRS: tuple[Pair, ...] = tuple(itertools.product(COLORS, SHAPES))
+
+
+def _diagonal(shift: int) -> tuple[Pair, ...]:
+    """Six pairs in which each colour and each shape occurs once."""
+    return tuple((color, SHAPES[(row + shift) % len(SHAPES)]) for row, color in enumerate(COLORS))
+
+
+# Held out of training: one diagonal to tune on, another to report.
+UNSEEN_VAL = _diagonal(0)
+UNSEEN_TEST = _diagonal(3)
+SEEN = tuple(pair for pair in PAIRS if pair not in UNSEEN_VAL + UNSEEN_TEST)
+
+SIDE = 64
+SUPERSAMPLING = 2
+MARGIN = 2
+RADII = {"small": (9.5, 11.5), "large": (15.0, 18.0)}
+
+CAPTIONS = 5
+ANNOTATORS = 10
+# How often an annotator gives another answer than the scene's.
+ANNOTATOR_ERROR = 0.08
+
+Random = np.random.Generator
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One shape; x and y from its centre to the left and top edge, in pixels of a 64-pixel scene."""
+
+    color: str
+    shape: str
+    size: str
+    x: float
+    y: float
+    radius: float
+
+    @property
+    def pair(self) -> Pair:
+        return self.color, self.shape
+
+    def name(self, with_size: bool = False) -> str:
+        return f"{self.size} {self.color} {self.shape}" if with_size else f"{self.color} {self.shape}"
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Things on a background that is `dark` or `light`."""
+
+    things: tuple[Thing, ...]
+    background: str
+
+
+def draw_scene(random: Random, pairs: Sequence[Pair], count: int | None = None, distinct: bool = False) -> Scene:
+    """A scene of 1 to 4 things of these pairs; in `distinct` ones no colour and no shape occurs twice."""
+    count = count or int(random.choice([1, 2, 3, 4], p=[0.5, 0.3, 0.14, 0.06]))
+    chosen: list[Pair] = []
+    twins = int(random.integers(2, count + 1)) if count > 1 and not distinct and random.random() < 0.35 else 1
+    for number in range(count):
+        taken = {word for pair in chosen for word in pair} if distinct else set()
+        allowed = [pair for pair in pairs if not taken & set(pair)]
+        chosen.append(chosen[0] if 0 < number < twins else allowed[int(random.integers(len(allowed)))])
+    while True:
+        things = _arrange(random, chosen)
+        if things:
+            return Scene(things, str(random.choice(["dark", "light"])))
+
+
+def _arrange(random: Random, pairs: Sequence[Pair]) -> tuple[Thing, ...]:
+    """A thing of each pair, none touching another; empty if the first ones left no room for the rest."""
+    things: list[Thing] = []
+    for pair in pairs:
+        for _ in range(60):
+            size = str(random.choice(list(RADII)))
+            radius = float(random.uniform(*RADII[size]))
+            x, y = (float(value) for value in random.uniform(radius + MARGIN, SIDE - radius - MARGIN, 2))
+            if all(math.hypot(x - other.x, y - other.y) > radius + other.radius + MARGIN for other in things):
+                things.append(Thing(*pair, size, x, y, radius))
+                break
+        else:
+            return ()
+    return tuple(things)
+
+
+def render(scene: Scene, random: Random) -> bytes:
+    """The scene as a JPEG of 64 × 64 pixels."""
+    dark = scene.background == "dark"
+    base = random.uniform(15, 70, 3) if dark else random.uniform(185, 240, 3)
+    image = Image.new("RGB", (SIDE * SUPERSAMPLING,) * 2, tuple(int(value) for value in base))
+    canvas = ImageDraw.Draw(image)
+    for thing in scene.things:
+        shade = np.clip(np.array(COLORS[thing.color]) + random.uniform(-18, 18, 3), 0, 255)
+        _draw_thing(canvas, thing, tuple(int(value) for value in shade), random.uniform(-0.25, 0.25))
+    pixels = np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BOX), dtype=np.float32)
+    slope = np.linspace(-1, 1, SIDE, dtype=np.float32) * random.uniform(-14, 14)
+    noise = random.standard_normal((SIDE, SIDE, 3), dtype=np.float32) * random.uniform(2, 9)
+    noisy = pixels + noise + (slope[:, None, None] if random.random() < 0.5 else slope[None, :, None])
+    buffer = io.BytesIO()
+    Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
+
+
+def _draw_thing(canvas: ImageDraw.ImageDraw, thing: Thing, fill: tuple[int, ...], tilt: float) -> None:
+    x, y, radius = (value * SUPERSAMPLING for value in (thing.x, thing.y, thing.radius))
+    if thing.shape in ("circle", "ring"):
+        box = (x - radius, y - radius, x + radius, y + radius)
+        if thing.shape == "circle":
+            canvas.ellipse(box, fill=fill)
+        else:
+            canvas.ellipse(box, outline=fill, width=round(radius * 0.45))
+        return
+    turn, cos, sin = OUTLINES[thing.shape], math.cos(tilt), math.sin(tilt)
+    canvas.polygon([(x + radius * (u * cos - v * sin), y + radius * (u * sin + v * cos)) for u, v in turn], fill=fill)
+
+
+def _around(radii: Sequence[float], start: float) -> list[tuple[float, float]]:
+    steps = len(radii)
+    angles = [start + 2 * math.pi * step / steps for step in range(steps)]
+    return [(radius * math.cos(angle), radius * math.sin(angle)) for radius, angle in zip(radii, angles, strict=True)]
+
+
+_ARM = 0.36
+# Corners of each shape in a circle of radius 1, y pointing down.
+OUTLINES: dict[str, list[tuple[float, float]]] = {
+    "square": [(-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85)],
+    "triangle": [(radius * 1.1, y * 1.1 + 0.15) for radius, y in _around([1, 1, 1], -math.pi / 2)],
+    "star": _around([1.12, 0.45] * 5, -math.pi / 2),
+    "cross": [
+        *[(-_ARM, -1), (_ARM, -1), (_ARM, -_ARM), (1, -_ARM), (1, _ARM), (_ARM, _ARM)],
+        *[(_ARM, 1), (-_ARM, 1), (-_ARM, _ARM), (-1, _ARM), (-1, -_ARM), (-_ARM, -_ARM)],
+    ],
+}
+
+
+def captions(scene: Scene, random: Random, count: int = CAPTIONS) -> list[str]:
+    """Several ways to say what is seen; most name everything, some say where it is, or how large."""
+    return [_caption(scene, random) for _ in range(count)]
+
+
+def _caption(scene: Scene, random: Random) -> str:
+    things = list(scene.things)
+    if len(things) == 1:
+        name = things[0].name(with_size=bool(random.random() < 0.5))
+        forms = ("{a}", "one {n}", "there is {a}", "a picture of {a}", "{a} {p}", "{a} on a {b} background")
+        form = forms[int(random.integers(len(forms)))]
+        return form.format(n=name, a=article(name), p=position(things[0]), b=scene.background)
+    if len({thing.pair for thing in things}) == len(things) == 2 and random.random() < 0.35:
+        first, second = (things[int(index)] for index in random.permutation(2))
+        return f"{article(first.name())} {relation(first, second)} {article(second.name())}"
+    listed = _listed(things, random, with_size=bool(random.random() < 0.4))
+    forms = ("{l}", "{l}", "there are {l}", "a picture of {l}", "{l} on a {b} background")
+    form = forms[int(random.integers(len(forms)))]
+    return form.format(l=listed, b=scene.background)
+
+
+def _listed(things: Sequence[Thing], random: Random, with_size: bool) -> str:
+    """`two red stars, a blue circle and a green square`, in a random order."""
+    groups = Counter(thing.name(with_size) for thing in things)
+    names = list(groups)
+    parts = []
+    for index in random.permutation(len(names)):
+        name = names[int(index)]
+        parts.append(article(name) if groups[name] == 1 else f"{NUMBERS[groups[name]]} {plural(name)}")
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
+def plural(name: str) -> str:
+    """`red cross` → `red crosses`."""
+    return name + ("es" if name.endswith("s") else "s")
+
+
+def article(name: str) -> str:
+    """`an orange star`, `a red star`."""
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+
+
+def position(thing: Thing) -> str:
+    """Where in the frame, in thirds."""
+    rows, columns = ("top", "", "bottom"), ("left", "", "right")
+    words = f"{rows[min(2, int(3 * thing.y / SIDE))]} {columns[min(2, int(3 * thing.x / SIDE))]}".strip()
+    return f"near the {words}" if words else "in the middle"
+
+
+def relation(first: Thing, second: Thing) -> str:
+    """How the first lies to the second, along the axis on which they differ more."""
+    dx, dy = second.x - first.x, second.y - first.y
+    if abs(dx) > abs(dy):
+        return "left of" if dx > 0 else "right of"
+    return "above" if dy > 0 else "below"
+
+
+OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+
+
+def questions(scene: Scene, random: Random, pairs: Sequence[Pair]) -> list[dict[str, Any]]:
+    """VQA's form without ids: three questions a scene at most, ten answers each; only `pairs` are spoken of."""
+    things = scene.things
+    shapes, colors = Counter(thing.shape for thing in things), Counter(thing.color for thing in things)
+    present = {thing.pair for thing in things}
+    asked: list[tuple[str, str, str, str, Sequence[str]]] = []
+    for thing in things:
+        if shapes[thing.shape] == 1:
+            other = [color for color in COLORS if (color, thing.shape) in pairs]
+            asked.append(("what color is the", f"What color is the {thing.shape}?", thing.color, "other", other))
+        if colors[thing.color] == 1:
+            other = [shape for shape in SHAPES if (thing.color, shape) in pairs]
+            question = f"What shape is the {thing.color} object?"
+            asked.append(("what shape is the", question, thing.shape, "other", other))
+    counted = things[0].shape
+    numbers = ("1", "2", "3", "4")
+    asked.append(("how many", f"How many {plural(counted)} are there?", str(shapes[counted]), "number", numbers))
+    pair = pairs[int(random.integers(len(pairs)))] if random.random() < 0.5 else things[0].pair
+    truth = "yes" if pair in present else "no"
+    asked.append(("is there a", f"Is there {article(' '.join(pair))}?", truth, "yes/no", ("yes", "no")))
+    if len(present) == len(things) == 2:
+        said = relation(*things) if random.random() < 0.5 else OPPOSITE[relation(*things)]
+        answer = "yes" if said == relation(*things) else "no"
+        words = f"to the {said}" if said in ("left of", "right of") else said
+        question = f"Is the {things[0].name()} {words} the {things[1].name()}?"
+        asked.append(("is the", question, answer, "yes/no", ("yes", "no")))
+    chosen = random.permutation(len(asked))[:3]
+    return [_annotated(random, *asked[int(index)]) for index in chosen]
+
+
+def _annotated(
+    random: Random, question_type: str, question: str, truth: str, answer_type: str, possible: Sequence[str]
+) -> dict[str, Any]:
+    """Ten annotators' answers, some wrong, and their majority."""
+    wrong = [answer for answer in possible if answer != truth] or [truth]
+    answers = []
+    for number in range(1, ANNOTATORS + 1):
+        errs = random.random() < ANNOTATOR_ERROR
+        answer = wrong[int(random.integers(len(wrong)))] if errs else truth
+        answers.append({"answer": answer, "answer_confidence": "maybe" if errs else "yes", "answer_id": number})
+    majority = Counter(given["answer"] for given in answers).most_common(1)[0][0]
+    return {
+        "question": question,
+        "question_type": question_type,
+        "answers": answers,
+        "answer_type": answer_type,
+        "multiple_choice_answer": majority,
+    }

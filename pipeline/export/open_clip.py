@@ -1,0 +1,33 @@
+"""A folder that plain open_clip loads as `local-dir:FOLDER`: configuration, weights, tokenizer."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from pipeline import tokenizer
+from pipeline.export import huggingface_tokenizer
+from pipeline.trained import TrainedModel
+
+
+def write(trained: TrainedModel, folder: Path) -> None:
+    """Write open_clip_config.json, open_clip_model.safetensors and, for SentencePiece, the tokenizer's files."""
+    model_cfg = copy.deepcopy(trained.model_cfg)
+    if isinstance(trained.tokenize, tokenizer.SentencePieceTokenizer):
+        huggingface_tokenizer.write(trained.tokenize, folder)
+        # Any name makes open_clip look for the tokenizer's files; in a local folder it looks nowhere else.
+        model_cfg["text_cfg"]["hf_tokenizer_name"] = "sentencepiece"
+    preprocess = trained.towers.visual.preprocess_cfg
+    preprocess_cfg = {
+        "mean": list(preprocess["mean"]),
+        "std": list(preprocess["std"]),
+        "interpolation": trained.recipe.data.interpolation,
+        "resize_mode": preprocess["resize_mode"],
+    }
+    config = {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg}
+    (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    weights = {name: tensor.cpu().contiguous() for name, tensor in trained.towers.state_dict().items()}
+    save_file(weights, folder / "open_clip_model.safetensors")

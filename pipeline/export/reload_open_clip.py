@@ -1,0 +1,34 @@
+"""Loads an exported folder as any user would, and embeds what lies in another: python FILE FOLDER INPUTS.
+
+Run as a script in a process of its own, so that nothing of this pipeline is loaded: what it prints is open_clip's.
+INPUTS holds texts.json and images 0000.png, 0001.png …; embeddings.safetensors is written beside them.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import open_clip
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+
+def main(folder: Path, inputs: Path) -> None:
+    """Embed the images and texts with the exported model, preprocessing and tokenizer."""
+    model, preprocess = open_clip.create_model_from_pretrained(f"local-dir:{folder}")
+    tokenize = open_clip.get_tokenizer(f"local-dir:{folder}")
+    images = torch.stack([preprocess(Image.open(path)) for path in sorted(inputs.glob("*.png"))])
+    tokens = tokenize(json.loads((inputs / "texts.json").read_text(encoding="utf-8")))
+    model.eval()
+    with torch.inference_mode():
+        found = {
+            "images": model.encode_image(images, normalize=True),
+            "texts": model.encode_text(tokens, normalize=True),
+            "tokens": tokens,
+        }
+    save_file({name: tensor.contiguous() for name, tensor in found.items()}, inputs / "embeddings.safetensors")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
