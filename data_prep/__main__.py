@@ -46,7 +46,7 @@ def sample(
     workers: WorkersOption = CORES,
 ) -> None:
     """Draw scenes of coloured shapes, with captions and questions, in the layouts of COCO, Flickr30K and VQA v2."""
-    from data_prep.sources import sample as generator
+    import data_prep.sources.sample as generator
 
     with _progress() as advance:
         generator.write(
@@ -74,7 +74,7 @@ def build(
         bool,
         typer.Option(
             "--drop-near-duplicates/--keep-near-duplicates",
-            help="Drop train images that look like a held-out one (equal 64-bit difference hash).",
+            help="Drop train images that look like a held-out one (same 64-bit difference hash, same colors).",
         ),
     ] = True,
     image_column: Annotated[str, typer.Option(help="For table=…: the column of image paths.")] = "image",
@@ -87,13 +87,15 @@ def build(
     """Read sources, verify every image, take held-out images out of train, and write shards and evaluation sets."""
     from data_prep import build as builder
     from data_prep import manifest
+    from data_prep.shards import BUILD
     from data_prep.sources import TableOptions, parse
 
     pairs = parse(sources)
     if resize != "none" and not (resize.isdigit() and int(resize)):
         raise DataError(f"--resize {resize!r}: give a number of pixels, or none.")
     if overwrite and out.exists():
-        if any(out.iterdir()) and not (out / manifest.MANIFEST).is_file() and not (out / ".build").is_dir():
+        # A lone manifest.json is no sign of ours: many tools write one.
+        if any(out.iterdir()) and not (out / manifest.SEAL).is_file() and not (out / BUILD).is_dir():
             raise DataError(f"--overwrite: {out} is not a dataset; remove it yourself if it may go.")
         shutil.rmtree(out)
     options = builder.Options(
@@ -127,7 +129,7 @@ def verify(data: DataArgument) -> None:
         problems = manifest.verify(data, hear)
     if problems:
         raise DataError(f"{data}: {len(problems)} problems.\n" + "\n".join(problems))
-    console.print(f"{data}: every byte is as the manifest says.")
+    console.print(f"{data}: every byte is as the manifest says.", soft_wrap=True)
 
 
 @app.command()
@@ -153,7 +155,8 @@ def vocabulary(
     found = trainer.train(data, out, size=size, kind=type)
     console.print(
         f"{out}: {found.pieces} pieces; {found.texts} texts, {found.tokens_per_text:.1f} tokens each, "
-        f"{found.unknown_rate:.4%} unknown"
+        f"{found.unknown_rate:.4%} unknown",
+        soft_wrap=True,
     )
 
 
@@ -204,8 +207,10 @@ def _show(dataset: Dataset) -> None:
     counts = dataset.manifest["counts"]
     for source, number in counts["read"].items():
         reasons = ", ".join(f"{reason} {count}" for reason, count in counts["dropped"].get(source, {}).items())
-        console.print(f"{source}: {number} records read; dropped: {reasons or 'nothing'}", highlight=False)
-    console.print(f"{dataset.path}: whole", highlight=False)
+        console.print(
+            f"{source}: {number} records read; dropped: {reasons or 'nothing'}", highlight=False, soft_wrap=True
+        )
+    console.print(f"{dataset.path}: whole", highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -57,8 +57,8 @@ def build(
     """Build a dataset, or finish one that was cut off; `progress` hears of (stage, images done, images in all).
 
     Raises:
-        DataError: a source is missing or malformed, nothing is left to train on and nothing to evaluate, or `out` holds
-            a finished dataset that other sources or options made.
+        DataError: a source is missing or malformed or has no records, two of them contradict each other, or `out` holds
+            something else: files of other origin, or a dataset that other sources or options made.
     """
     if not 1 <= options.samples_per_shard <= 10_000:
         raise DataError(
@@ -72,36 +72,29 @@ def build(
     for record in records:
         order.update(repr(record).encode("utf-8", "surrogatepass"))
     origin = hashlib.sha256(f"{order.hexdigest()} {_recorded(options, table)}".encode()).hexdigest()
-    if (out / manifest.SEAL).is_file():
-        finished = manifest.read(out)
-        if finished.manifest["origin"] == origin:
-            return finished
-        raise DataError(
-            f"{out} holds a finished dataset made from other sources or options "
-            f"({finished.manifest['options']}). Choose another --out, or replace it with --overwrite."
-        )
+    if _is_finished(out, origin):
+        shutil.rmtree(out / BUILD, ignore_errors=True)  # where a build was killed just after the seal
+        return manifest.read(out)
 
     held_out = HeldOut(ids=leakage.held_out_ids(records))
     merged, dropped = _train_records(records, held_out)
-    by_set: dict[Evaluation, list[Record]] = defaultdict(list)
-    for record in records:
-        if record.evaluation:
-            by_set[record.evaluation].append(record)
-    (out / BUILD).mkdir(parents=True, exist_ok=True)
+    by_set = _evaluation_sets(records)
+    manifest.write_atomically(_claim(out), json.dumps({"origin": origin}).encode())
 
-    # Evaluation sets first: what they hold decides what may train.
-    evaluation_tasks = [
-        task
-        for name in sorted(by_set, key=lambda s: s.name)
-        for task in _evaluation_tasks(name, by_set[name], out, options)
-    ]
-    made = _run("evaluation sets", evaluation_tasks, options.workers, progress)
-    held_out = HeldOut(
-        ids=held_out.ids,
-        files=frozenset(name for result in made for name in result.files),
-        looks=frozenset(name for result in made for name in result.looks) if options.near_duplicates else frozenset(),
-    )
-    made += _run("train", _train_tasks(merged, out, options, held_out), options.workers, progress)
+    with executor.processes(options.workers) as cores:
+        # Evaluation sets first: what they hold decides what may train.
+        evaluation_tasks = [
+            task
+            for evaluation in sorted(by_set, key=lambda s: s.name)
+            for task in _evaluation_tasks(evaluation, by_set[evaluation], out, options)
+        ]
+        made = _run("evaluation sets", evaluation_tasks, cores, progress)
+        held_out = dataclasses.replace(
+            held_out,
+            files=frozenset(name for result in made for name in result.files),
+            looks=_looks(made) if options.near_duplicates else {},
+        )
+        made += _run("train", _train_tasks(merged, out, options, held_out), cores, progress)
 
     dropped += [item for result in made for item in result.dropped]
     described = _describe(by_set, made)
@@ -127,6 +120,61 @@ def build(
     return manifest.read(out)
 
 
+def _claim(out: Path) -> Path:
+    """The file that says, while a build is under way, what it is made from."""
+    (out / BUILD).mkdir(parents=True, exist_ok=True)
+    return out / BUILD / "origin.json"
+
+
+def _is_finished(out: Path, origin: str) -> bool:
+    """Whether `out` already holds what is to be built.
+
+    Raises:
+        DataError: it holds something else.
+    """
+    found, state = None, "a finished"
+    if (out / manifest.SEAL).is_file():
+        found = manifest.read(out).manifest["origin"]
+    elif (out / BUILD / "origin.json").is_file():
+        found, state = json.loads((out / BUILD / "origin.json").read_text(encoding="utf-8"))["origin"], "an unfinished"
+    elif out.is_dir() and any(path.name != BUILD for path in out.iterdir()):
+        raise DataError(f"{out} is not empty and holds no dataset. Choose another --out.")
+    if found not in (None, origin):
+        raise DataError(
+            f"{out} holds {state} dataset made from other sources or options. Choose another --out, repeat the "
+            "command that made it, or replace it with --overwrite."
+        )
+    return found is not None and state == "a finished"
+
+
+def _evaluation_sets(records: Iterable[Record]) -> dict[Evaluation, list[Record]]:
+    """Each evaluation set's records, no image twice and no name for two sets."""
+    by_set: dict[Evaluation, list[Record]] = defaultdict(list)
+    known: dict[tuple[str, str], Record] = {}
+    names: dict[str, Evaluation] = {}
+    for record in records:
+        if not record.evaluation:
+            continue
+        name = record.evaluation.name
+        if names.setdefault(name, record.evaluation) != record.evaluation:
+            raise DataError(f"Two evaluation sets are called {name}, the second at {record.path.parent}. Rename one.")
+        twin = known.setdefault((name, record.image_id), record)
+        if twin is not record:
+            raise DataError(
+                f"{name} has the image {record.image_id} twice: {twin.path} and {record.path}. Is a source given twice?"
+            )
+        by_set[record.evaluation].append(record)
+    return by_set
+
+
+def _looks(made: Iterable[Made]) -> dict[str, tuple[str, ...]]:
+    looks: dict[str, set[str]] = defaultdict(set)
+    for result in made:
+        for name, thumbnail in result.looks:
+            looks[name].add(thumbnail)
+    return {name: tuple(sorted(thumbnails)) for name, thumbnails in sorted(looks.items())}
+
+
 def _train_records(records: list[Record], held_out: HeldOut) -> tuple[list[Record], list[Mapping[str, str]]]:
     """Train records, one an image (what COCO and VQA share is merged), without those held out by id."""
     merged: dict[str, Record] = {}
@@ -144,12 +192,22 @@ def _train_records(records: list[Record], held_out: HeldOut) -> tuple[list[Recor
 
 
 def _merge(first: Record, second: Record) -> Record:
-    """One record of two that show the same image."""
+    """One record of two that show the same image.
+
+    Raises:
+        DataError: two tables call different files by one name, which no dataset-wide id tells apart.
+    """
+    if second.source == "table" and first.path != second.path:
+        raise DataError(
+            f"{second.image_id} is {first.path} in one table and {second.path} in another. Give one of the tables "
+            "another file name."
+        )
+    questions = {question["question_id"]: question for question in (*first.questions, *second.questions)}
     return dataclasses.replace(
         first,
         source="+".join(dict.fromkeys([*first.source.split("+"), second.source])),
         captions=tuple(dict.fromkeys([*first.captions, *second.captions])),
-        questions=(*first.questions, *second.questions),
+        questions=tuple(questions.values()),
         license=second.license if first.license is None else first.license,
         also_known_as=tuple(dict.fromkeys([*first.also_known_as, *second.also_known_as])),
     )
@@ -179,9 +237,9 @@ def _parts(records: list[Record], size: int) -> list[tuple[Record, ...]]:
     return [tuple(records[begin : begin + size]) for begin in range(0, len(records), size)]
 
 
-def _run(stage: str, tasks: list[Task], workers: int, progress: Progress) -> list[Made]:
+def _run(stage: str, tasks: list[Task], cores: executor.Processes, progress: Progress) -> list[Made]:
     total, done, results = sum(len(task.records) for task in tasks), 0, []
-    for task, result in zip(tasks, executor.run(make, tasks, workers), strict=True):
+    for task, result in zip(tasks, cores.map(make, tasks), strict=True):
         results.append(result)
         done += len(task.records)
         progress(stage, done, total)
@@ -191,7 +249,7 @@ def _run(stage: str, tasks: list[Task], workers: int, progress: Progress) -> lis
 def _write_side_files(
     out: Path, by_set: Mapping[Evaluation, object], made: list[Made], dropped: list[Mapping[str, str]]
 ) -> list[str]:
-    """The small files that other tools look for, and the list of what was dropped; every file's name is returned."""
+    """The small files that other tools look for, and the list of what was dropped; their names are returned."""
     contents: dict[str, str] = {}
     sizes = {Path(result.shard.name).name: result.shard.samples for result in made if result.shard.split == TRAIN}
     if sizes:
@@ -208,7 +266,7 @@ def _write_side_files(
     contents["quarantine.jsonl"] = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in dropped)
     for name, text in contents.items():
         manifest.write_atomically(out / name, text.encode("utf-8", "replace"))
-    return [*contents, *(str(Path(result.shard.name).with_suffix(".parquet")) for result in made)]
+    return list(contents)
 
 
 # What CLIP_benchmark calls the kinds; it knows the first two, and takes an absent file for classification.

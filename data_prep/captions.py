@@ -6,6 +6,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 MAX_CHARACTERS = 2000
@@ -25,10 +26,12 @@ def clean(text: str) -> str:
     Raises:
         BadText: nothing is left, or more than 2,000 characters are.
     """
-    composed = unicodedata.normalize("NFC", text)
     # Cc: control characters; Cs: halves of surrogate pairs, which no file can hold. White space stays a space.
-    kept = "".join(c if c.isspace() or unicodedata.category(c) not in ("Cc", "Cs") else "" for c in composed)
-    result = _SPACE.sub(" ", kept).strip()
+    kept = text
+    if not text.isprintable():
+        kept = "".join(c if c.isspace() or unicodedata.category(c) not in ("Cc", "Cs") else "" for c in text)
+    # Composed last: a control character between a letter and its accent would keep them apart.
+    result = _SPACE.sub(" ", unicodedata.normalize("NFC", kept)).strip()
     if not result:
         raise BadText("empty_text")
     if len(result) > MAX_CHARACTERS:
@@ -45,45 +48,62 @@ def statement(question: str, answer: str) -> str:
     'Question: Why is he running? Answer: late'
     """
     asked = question.strip().rstrip("?").strip()
-    for pattern, form in RULES:
-        if match := pattern.fullmatch(asked):
-            values = {name: (value or "").strip() for name, value in match.groupdict().items()}
-            if "verb" in values:
-                values["verb"] = values["verb"].lower()
-            if "{yes}" in form:
-                if answer not in YES:
-                    continue
-                values["yes"] = YES[answer]
-            return _SPACE.sub(" ", form.format(answer=answer, **values)).strip()
+    for rule in RULES:
+        match = rule.question.fullmatch(asked)
+        if match and rule.answer.fullmatch(answer):
+            parts = {name: (value or "").strip() for name, value in match.groupdict().items()}
+            parts["verb"] = parts.get("verb", "is").lower() or "is"
+            parts |= {"answer": answer, "a": _article(answer), "yes": "not" if answer == "no" else ""}
+            return _SPACE.sub(" ", rule.form.format(**parts)).strip()
     return f"Question: {question.strip()} Answer: {answer}"
 
 
-def _rule(pattern: str, form: str) -> tuple[re.Pattern[str], str]:
-    return re.compile(pattern, re.IGNORECASE), form
+@dataclass(frozen=True)
+class Rule:
+    """What is asked and what is answered → the form of the statement, `{yes}` standing for the `not` of a no."""
+
+    question: re.Pattern[str]
+    form: str
+    answer: re.Pattern[str]
 
 
-# What "yes" and "no" put into a sentence at {yes}.
-YES = {"yes": "", "no": "not"}
+def _rule(question: str, form: str, answer: str = ".+") -> Rule:
+    return Rule(re.compile(question, re.IGNORECASE), form, re.compile(answer, re.IGNORECASE))
 
+
+def _article(noun: str) -> str:
+    return "an" if noun[:1].lower() in "aeiou" else "a"
+
+
+_YES_NO = "yes|no"
 _VERB = r"(?P<verb>is|are|was|were)"
-_NOUN = r"(?P<noun>(?:the|this|that|these|those|his|her|their|a|an) .+)"
+_THE = r"(?:the|this|that|these|those|his|her|their|its)"
+_OWN = r"(?:the|his|her|their|its)"  # without "this" and "these", which may be the whole noun
+_NOUN = rf"(?P<noun>{_THE} .+)"
+_RELATION = (
+    r"(?:(?:to|on) the (?:left|right) of|(?:left|right) of|in front of|next to|on top of|under|above|below|"
+    r"behind|beside|near|between|over)"
+)
+_PLACE = rf"(?:{_RELATION}|in|inside|on|at|outside)"
 
-# (question, statement): {answer} is the answer, the other names are parts of the question. The first that fits wins.
+# The first rule that fits wins. They rather leave a question to the labelled form than make a false sentence of it:
+# "Is the traffic light green?" must not become "the traffic is light green", so a bare quality is only taken from
+# "the NOUN QUALITY", two words, and a longer rest has to open with a word that cannot belong to the noun.
 RULES = (
-    _rule(rf"what (?:is the )?colou?r (?:{_VERB} )?(?:of )?{_NOUN}", "{noun} is {answer}"),
-    _rule(r"what colou?r are (?P<noun>.+)", "{noun} are {answer}"),
-    _rule(r"what shape is (?P<noun>.+)", "{noun} is a {answer}"),
+    _rule(rf"what (?:is the )?colou?r of {_NOUN}", "{noun} is {answer}"),
+    _rule(rf"what colou?r {_VERB} (?P<noun>.+)", "{noun} {verb} {answer}"),
+    _rule(r"what shape is (?P<noun>.+)", "{noun} is {a} {answer}"),
     _rule(r"how many (?P<noun>.+?) are (?:there|visible|shown)(?P<rest>.*)", "there are {answer} {noun} {rest}"),
     _rule(r"how many (?P<noun>\w+) are (?P<rest>in .+|on .+)", "there are {answer} {noun} {rest}"),
-    _rule(r"is there (?P<noun>.+)", "there is {yes} {noun}"),
-    _rule(r"are there (?P<noun>.+)", "there are {yes} {noun}"),
-    _rule(
-        rf"(?P<verb>is|are) {_NOUN} (?P<rest>(?:to the )?(?:left|right) of .+|above .+|below .+)",
-        "{noun} {verb} {yes} {rest}",
-    ),
-    _rule(r"(?P<verb>is|are) (?P<noun>(?:the|this|that|these|those) \w+) (?P<rest>.+)", "{noun} {verb} {yes} {rest}"),
-    _rule(r"where is (?P<noun>.+)", "{noun} is {answer}"),
-    _rule(r"what is (?P<rest>(?:in|on|under|above|below|next to|left of|right of) .+)", "{answer} is {rest}"),
+    _rule(r"is there any (?P<noun>.+)", "there is {noun}", "yes"),
+    _rule(r"are there any (?P<noun>.+)", "there are {noun}", "yes"),
+    _rule(r"(?P<verb>is|are) there (?P<noun>.+)", "there {verb} {yes} {noun}", _YES_NO),
+    _rule(rf"{_VERB} (?P<noun>{_THE} .+?) (?P<rest>{_RELATION} .+)", "{noun} {verb} {yes} {rest}", _YES_NO),
+    _rule(rf"{_VERB} (?P<noun>{_THE} \w+) (?P<rest>{_PLACE} {_THE} \w+)", "{noun} {verb} {yes} {rest}", _YES_NO),
+    _rule(rf"{_VERB} (?P<noun>{_OWN} \w+) (?P<rest>\w+|(?:\w{{2,}}ing|an?) .+)", "{noun} {verb} {yes} {rest}", _YES_NO),
+    _rule(rf"{_VERB} (?P<noun>this|that|it) (?P<rest>an? .+)", "{noun} {verb} {yes} {rest}", _YES_NO),
+    _rule(rf"where {_VERB} (?P<noun>{_THE} \w+)", "{noun} {verb} {answer}", rf"{_PLACE} .+"),
+    _rule(r"what is (?P<rest>(?:in|on|under|above|below|next to|left of|right of) .+)", "{answer} is {rest}", r"\w+"),
     _rule(r"what (?P<kind>sport|animal|room|food|fruit) is (?:this|that|it|shown)", "the {kind} is {answer}"),
 )
 

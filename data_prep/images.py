@@ -12,6 +12,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 # Formats that every reader of the shards decodes, and the extension under which each is stored.
 EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
+# A JPEG with further pictures behind it (stereo, previews), as phones write them: every decoder shows the first.
+MULTI_PICTURE = "MPO"
 MAX_PIXELS = 100_000_000
 JPEG_QUALITY = 95
 HASH_SIDE = 8
@@ -31,6 +33,7 @@ class StoredImage:
         width, height: of it; original_width, original_height: of the file, as it is meant to be seen.
         sha256: of `data`; original_sha256: of the file.
         perceptual_hash: 64 bits in hex: whether brightness grows from each of 8 × 8 cells to the next.
+        thumbnail: 8 × 8 RGB pixels, 192 bytes.
     """
 
     data: bytes
@@ -42,6 +45,7 @@ class StoredImage:
     sha256: str
     original_sha256: str
     perceptual_hash: str
+    thumbnail: bytes
 
 
 def prepare(data: bytes, resize: int | None) -> StoredImage:
@@ -57,32 +61,18 @@ def prepare(data: bytes, resize: int | None) -> StoredImage:
     """
     if not data:
         raise BadImage("empty_file")
-    try:
-        with warnings.catch_warnings():
-            # The limit is ours, and checked from the header before a pixel is decoded.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data), formats=list(EXTENSIONS))
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        raise BadImage("not_an_image") from None
-    if image.width * image.height > MAX_PIXELS:
-        raise BadImage("too_many_pixels")
-    if getattr(image, "n_frames", 1) > 1:
-        raise BadImage("animated")
-    form = str(image.format)
-    try:
-        upright = image.getexif().get(ORIENTATION, 1) == 1
-        image.load()
-        ready = image if upright else ImageOps.exif_transpose(image)
-        ready = _to_rgb(ready)
-    except (OSError, ValueError, SyntaxError, EOFError):
-        raise BadImage("undecodable") from None
+    with warnings.catch_warnings():
+        # Broken EXIF warns, image by image; and the pixel limit is ours, checked before a pixel is decoded.
+        warnings.simplefilter("ignore")
+        image = _open(data)
+        ready = _decode(image)
     original_width, original_height = ready.size
     if resize and min(ready.size) > resize:
         scale = resize / min(ready.size)
         ready = ready.resize((round(ready.width * scale), round(ready.height * scale)), Image.Resampling.LANCZOS)
     original_sha256 = hashlib.sha256(data).hexdigest()
     if ready is image:
-        stored, extension = data, EXTENSIONS[form]
+        stored, extension = data, EXTENSIONS.get(str(image.format), "jpg")
     else:
         buffer = io.BytesIO()
         ready.save(buffer, "JPEG", quality=JPEG_QUALITY)
@@ -97,6 +87,7 @@ def prepare(data: bytes, resize: int | None) -> StoredImage:
         sha256=original_sha256 if stored is data else hashlib.sha256(stored).hexdigest(),
         original_sha256=original_sha256,
         perceptual_hash=perceptual_hash(ready),
+        thumbnail=ready.resize((HASH_SIDE, HASH_SIDE), Image.Resampling.BOX).tobytes(),
     )
 
 
@@ -110,6 +101,29 @@ def perceptual_hash(image: Image.Image) -> str:
         for left, right in itertools.pairwise(line):
             bits = bits << 1 | (right > left)
     return f"{bits:0{HASH_SIDE * HASH_SIDE // 4}x}"
+
+
+def _open(data: bytes) -> Image.Image:
+    """Read the header: type by content, size within the limit, one picture."""
+    try:
+        image = Image.open(io.BytesIO(data), formats=list(EXTENSIONS))
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        raise BadImage("not_an_image") from None
+    if image.width * image.height > MAX_PIXELS:
+        raise BadImage("too_many_pixels")
+    if image.format != MULTI_PICTURE and getattr(image, "n_frames", 1) > 1:
+        raise BadImage("animated")
+    return image
+
+
+def _decode(image: Image.Image) -> Image.Image:
+    """Upright RGB pixels; the image itself where it already is that."""
+    try:
+        upright = image.getexif().get(ORIENTATION, 1) == 1
+        image.load()
+        return _to_rgb(image if upright else ImageOps.exif_transpose(image))
+    except (OSError, ValueError, SyntaxError, EOFError):
+        raise BadImage("undecodable") from None
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

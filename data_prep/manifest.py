@@ -1,7 +1,7 @@
 """What a sharded dataset says about itself: written last, read by every later stage, verified byte by byte.
 
-manifest.json     totals, options, counts, and the hash of every other file but the shards
-shards.parquet    one row a shard, in order, with its hash
+manifest.json     totals, options, counts, and the hash of every file that is not a shard's
+shards.parquet    one row a shard, in order, with its hash and that of the table beside it
 manifest.sha256   of manifest.json; where it is, the dataset is whole
 """
 
@@ -86,14 +86,23 @@ def read(path: Path) -> Dataset:
                 "cut off: run the same `python -m data_prep build` again, it goes on where it stopped."
             )
     text = (path / MANIFEST).read_bytes()
-    _expect(path / MANIFEST, hashlib.sha256(text).hexdigest(), (path / SEAL).read_text(encoding="utf-8").split()[0])
+    if (path / SEAL).read_bytes() != _seal(text):
+        raise DataError(
+            f"{path}: {MANIFEST} has sha256 {hashlib.sha256(text).hexdigest()}, and {SEAL} does not say so. One of the "
+            "two was changed or damaged: restore it from a copy, or build the dataset again with --overwrite."
+        )
     manifest: dict[str, Any] = json.loads(text)
     if manifest["schema_version"] > SCHEMA_VERSION:
         raise DataError(
             f"{path / MANIFEST}: schema version {manifest['schema_version']} is newer than {SCHEMA_VERSION}, the "
             "newest that this code reads. Update it, or build the dataset again with it."
         )
-    _expect(path / SHARDS, sha256(path / SHARDS), manifest["files"][SHARDS])
+    found, wanted = sha256(path / SHARDS), manifest["files"][SHARDS]
+    if found != wanted:
+        raise DataError(
+            f"{path / SHARDS}: sha256 is {found}, {MANIFEST} lists {wanted}. The file was changed or damaged: "
+            "restore it from a copy, or build the dataset again with --overwrite."
+        )
     sets = tuple(
         EvaluationSet(name, known["kind"], path / "eval" / name, known["samples"])
         for name, known in manifest["splits"].items()
@@ -103,12 +112,20 @@ def read(path: Path) -> Dataset:
 
 
 def write(path: Path, manifest: dict[str, Any], shards: Iterable[Shard], files: Iterable[str]) -> None:
-    """Seal a dataset: the shard table, then the manifest with the hash of each of `files`, then its own hash."""
-    _write_shards(path / SHARDS, shards)
+    """Seal a dataset: the shard table, then the manifest with the hash of each of `files`, then its own hash.
+
+    The table beside each shard (`table_of`) is hashed into the shard table, so that the manifest stays small.
+    """
+    _write_shards(path, shards)
     hashes = {name: sha256(path / name) for name in sorted({SHARDS, *files})}
     text = json.dumps({"schema_version": SCHEMA_VERSION, **manifest, "files": hashes}, indent=1, ensure_ascii=False)
     write_atomically(path / MANIFEST, text.encode())
-    write_atomically(path / SEAL, f"{hashlib.sha256(text.encode()).hexdigest()}  {MANIFEST}\n".encode())
+    write_atomically(path / SEAL, _seal(text.encode()))
+
+
+def table_of(shard: str) -> str:
+    """The name of the table of samples that lies beside a shard."""
+    return shard.removesuffix(".tar") + ".parquet"
 
 
 def verify(path: Path, progress: Callable[[int], None] = lambda _: None) -> list[str]:
@@ -117,7 +134,8 @@ def verify(path: Path, progress: Callable[[int], None] = lambda _: None) -> list
     `progress` hears of the bytes of each file that was read.
     """
     dataset = read(path)
-    expected = {shard.name: shard.sha256 for shard in dataset.shards} | dataset.manifest["files"]
+    expected = {shard.name: shard.sha256 for shard in dataset.shards} | _read_tables(path / SHARDS)
+    expected |= dataset.manifest["files"]
     problems = []
     for name, wanted in expected.items():
         if not (path / name).is_file():
@@ -147,9 +165,8 @@ def write_atomically(path: Path, data: bytes) -> None:
     temporary.replace(path)
 
 
-def _expect(path: Path, found: str, wanted: str) -> None:
-    if found != wanted:
-        raise DataError(f"{path}: sha256 is {found}, {wanted} was written down. The file was changed or damaged.")
+def _seal(manifest: bytes) -> bytes:
+    return f"{hashlib.sha256(manifest).hexdigest()}  {MANIFEST}\n".encode()
 
 
 def _read_shards(path: Path) -> list[Shard]:
@@ -158,13 +175,22 @@ def _read_shards(path: Path) -> list[Shard]:
     return [Shard(**row) for row in pq.read_table(path, columns=[column.name for column in fields(Shard)]).to_pylist()]
 
 
+def _read_tables(path: Path) -> dict[str, str]:
+    """The sha256 of the table beside each shard."""
+    import pyarrow.parquet as pq
+
+    rows = pq.read_table(path, columns=["name", "table_sha256"]).to_pylist()
+    return {table_of(row["name"]): row["table_sha256"] for row in rows}
+
+
 def _write_shards(path: Path, shards: Iterable[Shard]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     text, number = pa.string(), pa.int64()
     types = {"split": text, "name": text, "bytes": number, "sha256": text, "samples": number, "captions": number}
-    table = pa.Table.from_pylist([asdict(shard) for shard in shards], schema=pa.schema(types))
+    types["table_sha256"] = text
+    rows = [asdict(shard) | {"table_sha256": sha256(path / table_of(shard.name))} for shard in shards]
     buffer = pa.BufferOutputStream()
-    pq.write_table(table, buffer)
-    write_atomically(path, buffer.getvalue().to_pybytes())
+    pq.write_table(pa.Table.from_pylist(rows, schema=pa.schema(types)), buffer)
+    write_atomically(path / SHARDS, buffer.getvalue().to_pybytes())

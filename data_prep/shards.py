@@ -19,7 +19,7 @@ from typing import Any
 from data_prep import captions as texts
 from data_prep.images import BadImage, StoredImage, prepare
 from data_prep.leakage import HeldOut
-from data_prep.manifest import Shard, sha256, write_atomically
+from data_prep.manifest import Shard, sha256, table_of, write_atomically
 from data_prep.record import TRAIN, Record
 
 # Where the tasks' results lie while a build is under way.
@@ -63,7 +63,8 @@ class Made:
     Attributes:
         kept: images by source.
         dropped: one {image_id, source, split, reason, detail} for each image or text left out.
-        files, looks: hashes of the images, for the guard against leaks.
+        files, looks: hashes of an evaluation set's images, and (perceptual hash, thumbnail in hex) of each: what the
+            guard against leaks compares with.
     """
 
     identity: str
@@ -71,7 +72,7 @@ class Made:
     kept: Mapping[str, int]
     dropped: tuple[Mapping[str, str], ...]
     files: tuple[str, ...]
-    looks: tuple[str, ...]
+    looks: tuple[tuple[str, str], ...]
 
 
 @dataclass
@@ -90,7 +91,8 @@ def make(task: Task) -> Made:
         return done
     rows: list[dict[str, Any]] = []
     dropped: list[Mapping[str, str]] = []
-    looks, files = [], []
+    files: set[str] = set()
+    looks: set[tuple[str, str]] = set()
 
     def drop(record: Record, reason: str, detail: str = "") -> None:
         where = {"image_id": record.image_id, "source": record.source, "split": record.split}
@@ -120,11 +122,12 @@ def make(task: Task) -> Made:
                     continue
                 tar.write({"__key__": key, image.extension: image.data, **members(record, cleaned, image)})
                 rows.append(_row(key, record, cleaned, image))
-                files += [image.sha256, image.original_sha256]
-                looks.append(image.perceptual_hash)
+                if record.evaluation:
+                    files |= {image.sha256, image.original_sha256}
+                    looks.add((image.perceptual_hash, image.thumbnail.hex()))
         file.flush()
         os.fsync(file.fileno())
-    _write_table(path.with_suffix(".parquet"), rows)
+    _write_table(task.out / table_of(task.tar), rows)
     temporary.replace(path)
     shard = Shard(
         split=task.split,
@@ -135,7 +138,7 @@ def make(task: Task) -> Made:
         captions=sum(len(row["captions"]) for row in rows),
     )
     kept = dict(Counter(row["source"] for row in rows))
-    made = Made(task.identity(), shard, kept, tuple(dropped), tuple(sorted(set(files))), tuple(sorted(set(looks))))
+    made = Made(task.identity(), shard, kept, tuple(dropped), tuple(sorted(files)), tuple(sorted(looks)))
     write_atomically(task.result, json.dumps(asdict(made)).encode())
     return made
 
@@ -153,8 +156,12 @@ def clean_texts(record: Record) -> Texts:
             answer = texts.agreed_answer(question)
             if answer is None:
                 result.dropped.append(("low_agreement", str(question["question"])))
-            else:
-                result.statements.append(texts.clean(texts.statement(str(question["question"]), answer)))
+                continue
+            made = texts.statement(str(question["question"]), answer)
+            try:
+                result.statements.append(texts.clean(made))
+            except texts.BadText as error:
+                result.dropped.append((str(error), made))
     return result
 
 
@@ -200,8 +207,10 @@ def _is_usable(record: Record, cleaned: Texts) -> bool:
 def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise BadImage("missing_file") from None
+    except (OSError, ValueError):  # a folder, no permission, or a name that no file can have
+        raise BadImage("unreadable_file") from None
 
 
 def _row(key: str, record: Record, cleaned: Texts, image: StoredImage) -> dict[str, Any]:
@@ -219,6 +228,7 @@ def _row(key: str, record: Record, cleaned: Texts, image: StoredImage) -> dict[s
         "sha256": image.sha256,
         "original_sha256": image.original_sha256,
         "perceptual_hash": image.perceptual_hash,
+        "thumbnail": image.thumbnail,
     }
 
 
@@ -229,7 +239,7 @@ def _write_table(path: Path, rows: list[dict[str, Any]]) -> None:
     words, text, number = pa.list_(pa.string()), pa.string(), pa.int64()
     types = {"key": text, "image_id": text, "ids": words, "source": text, "captions": words, "statements": words}
     types |= {"license": text, "width": number, "height": number, "bytes": number}
-    types |= {"sha256": text, "original_sha256": text, "perceptual_hash": text}
+    types |= {"sha256": text, "original_sha256": text, "perceptual_hash": text, "thumbnail": pa.binary()}
     buffer = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(rows, schema=pa.schema(types)), buffer)
     write_atomically(path, buffer.getvalue())
@@ -239,7 +249,7 @@ def _earlier_result(task: Task) -> Made | None:
     if not task.result.is_file():
         return None
     stored = json.loads(task.result.read_text(encoding="utf-8"))
-    made = Made(**{**stored, "shard": Shard(**stored["shard"])})
+    made = Made(**{**stored, "shard": Shard(**stored["shard"]), "looks": tuple(map(tuple, stored["looks"]))})
     path = task.out / task.tar
-    whole = path.is_file() and path.stat().st_size == made.shard.bytes and path.with_suffix(".parquet").is_file()
+    whole = path.is_file() and path.stat().st_size == made.shard.bytes and (task.out / table_of(task.tar)).is_file()
     return made if whole and made.identity == task.identity() else None

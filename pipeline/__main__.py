@@ -141,7 +141,8 @@ def main(argv: list[str] | None = None) -> int:
 @contextlib.contextmanager
 def _outcome_recorded(run: Path) -> Iterator[None]:
     """Leave RUN/exit.json behind when training fails, since launchers lose exit codes."""
-    (run / "exit.json").unlink(missing_ok=True)
+    if os.environ.get("RANK", "0") == "0":
+        (run / "exit.json").unlink(missing_ok=True)
     try:
         yield
     except DataError as error:

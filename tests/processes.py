@@ -114,6 +114,8 @@ def _train(arguments: list[str], rank: int, world: int, port: int) -> None:
     if world > 1:
         names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in names.items()}}
+    # As in a trainer started from a shell: loader processes are forked from it, and are its children.
+    mp.set_start_method("fork", force=True)
     from pipeline.__main__ import main
 
     sys.exit(main(["train", *arguments]))

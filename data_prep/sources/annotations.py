@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,40 @@ def load_json(path: Path, *keys: str) -> dict[str, Any]:
     return content
 
 
-def first_existing(candidates: Iterable[Path]) -> Path | None:
-    """The first of these paths that exists."""
-    return next((path for path in candidates if path.exists()), None)
+def load_lines(path: Path) -> list[str]:
+    r"""The lines of a text file; only \n ends one, since captions may hold rarer separators such as U+2028.
+
+    Raises:
+        DataError: the file is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 ({error}). Convert it.") from None
+
+
+@contextmanager
+def entries_of(path: Path) -> Iterator[None]:
+    """Turns what a malformed entry raises into an error that names the file."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DataError(
+            f"{path}: an entry is malformed ({type(error).__name__}: {error}). Is it the official file?"
+        ) from (error)
+
+
+def image_folder(candidates: Iterable[Path], annotations: Path) -> Path:
+    """The first of these folders that exists.
+
+    Raises:
+        DataError: none does, so that every image of an annotation file would be missing.
+    """
+    candidates = list(candidates)
+    found = next((path for path in candidates if path.is_dir()), None)
+    if found is None:
+        raise DataError(
+            f"{annotations.name} is there, but its images are not: looked for {' and '.join(map(str, candidates))}. "
+            "Unpack them there, or move the annotation file away to leave this split out."
+        )
+    return found

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.record import DataError, Evaluation, Record
-from data_prep.sources.annotations import load_json
+from data_prep.sources.annotations import entries_of, image_folder, load_json
 
 SPLITS: dict[str, Evaluation | None] = {
     "train2014": None,
@@ -28,7 +28,7 @@ def read(root: Path, options: object = None) -> Iterator[Record]:
     """Yield one Record an image, split by split, in ascending image id.
 
     Raises:
-        DataError: no caption file at all, or a malformed one.
+        DataError: no caption file at all, a malformed one, or one whose image folder is not there.
     """
     files = {split: root / "annotations" / f"captions_{split}.json" for split in SPLITS}
     present = {split: path for split, path in files.items() if path.is_file()}
@@ -38,20 +38,22 @@ def read(root: Path, options: object = None) -> Iterator[Record]:
             "COCO's annotations_trainval2017.zip unpacks to that folder."
         )
     for split, path in present.items():
+        folder = image_folder([root / split], path)
         content = load_json(path, "images", "annotations")
-        captions: dict[int, list[tuple[int, str]]] = defaultdict(list)
-        for annotation in content["annotations"]:
-            captions[int(annotation["image_id"])].append((int(annotation["id"]), annotation["caption"]))
-        for image in sorted(content["images"], key=lambda image: int(image["id"])):
-            yield Record(
-                image_id=photo_id(image["id"]),
-                source="coco",
-                path=root / split / image["file_name"],
-                evaluation=SPLITS[split],
-                captions=tuple(caption for _, caption in sorted(captions[int(image["id"])])),
-                license=image.get("license"),
-                also_known_as=flickr_ids(image),
-            )
+        with entries_of(path):
+            captions: dict[int, list[tuple[int, str]]] = defaultdict(list)
+            for annotation in content["annotations"]:
+                captions[int(annotation["image_id"])].append((int(annotation["id"]), annotation["caption"]))
+            for image in sorted(content["images"], key=lambda image: int(image["id"])):
+                yield Record(
+                    image_id=photo_id(image["id"]),
+                    source="coco",
+                    path=folder / image["file_name"],
+                    evaluation=SPLITS[split],
+                    captions=tuple(caption for _, caption in sorted(captions[int(image["id"])])),
+                    license=image.get("license"),
+                    also_known_as=flickr_ids(image),
+                )
 
 
 def photo_id(number: int | str) -> str:

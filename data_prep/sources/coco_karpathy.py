@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.record import DataError, Evaluation, Record
-from data_prep.sources.annotations import load_json
+from data_prep.sources.annotations import entries_of, image_folder, load_json
 from data_prep.sources.coco import flickr_ids, photo_id
 
 SPLITS: dict[str, Evaluation | None] = {
@@ -24,22 +24,31 @@ SPLITS: dict[str, Evaluation | None] = {
 
 
 def read(root: Path, options: object = None) -> Iterator[Record]:
-    """Yield one Record an image, in ascending image id."""
-    content = load_json(root / "dataset_coco.json", "images")
+    """Yield one Record an image, in ascending image id.
+
+    Raises:
+        DataError: no dataset_coco.json, a malformed one, or image folders that are not there.
+    """
+    path = root / "dataset_coco.json"
+    content = load_json(path, "images")
     official = _official_images(root)
-    for image in sorted(content["images"], key=lambda image: int(image["cocoid"])):
-        if image["split"] not in SPLITS:
-            raise DataError(f"{root / 'dataset_coco.json'}: image {image['cocoid']} has split {image['split']!r}.")
-        known = official.get(int(image["cocoid"]), {})
-        yield Record(
-            image_id=photo_id(image["cocoid"]),
-            source="coco_karpathy",
-            path=root / image["filepath"] / image["filename"],
-            evaluation=SPLITS[image["split"]],
-            captions=tuple(sentence["raw"] for sentence in image["sentences"]),
-            license=known.get("license"),
-            also_known_as=flickr_ids(known),
-        )
+    with entries_of(path):
+        folders = {
+            name: image_folder([root / name], path) for name in {image["filepath"] for image in content["images"]}
+        }
+        for image in sorted(content["images"], key=lambda image: int(image["cocoid"])):
+            if image["split"] not in SPLITS:
+                raise DataError(f"{path}: image {image['cocoid']} has split {image['split']!r}, not of {list(SPLITS)}.")
+            known = official.get(int(image["cocoid"]), {})
+            yield Record(
+                image_id=photo_id(image["cocoid"]),
+                source="coco_karpathy",
+                path=folders[image["filepath"]] / image["filename"],
+                evaluation=SPLITS[image["split"]],
+                captions=tuple(sentence["raw"] for sentence in image["sentences"]),
+                license=known.get("license"),
+                also_known_as=flickr_ids(known),
+            )
 
 
 def _official_images(root: Path) -> dict[int, dict[str, Any]]:

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from data_prep.record import DataError, Evaluation, Record
-from data_prep.sources.annotations import load_json
+from data_prep.sources.annotations import entries_of, load_json, load_lines
 
 JSON, TOKEN, CSV = "dataset_flickr30k.json", "results_20130124.token", "results.csv"
 
@@ -37,7 +37,9 @@ def read(root: Path, options: object = None) -> Iterator[Record]:
         DataError: no annotation file, no image folder, or a row that cannot be read.
     """
     rows = _rows(root)
-    folder = _image_folder(root, next(iter(rows)) if rows else "")
+    if not rows:
+        raise DataError(f"{root}: the annotation file there has no images in it.")
+    folder = _image_folder(root, list(rows))
     for name in sorted(rows, key=lambda name: (len(name), name)):
         evaluation, captions = rows[name]
         yield Record(
@@ -52,16 +54,15 @@ def read(root: Path, options: object = None) -> Iterator[Record]:
 def _rows(root: Path) -> dict[str, tuple[Evaluation | None, tuple[str, ...]]]:
     """File name → (evaluation set, captions)."""
     if (root / JSON).is_file():
-        images = load_json(root / JSON, "images")["images"]
-        return {
-            image["filename"]: (SPLITS[image["split"]], tuple(sentence["raw"] for sentence in image["sentences"]))
-            for image in images
-        }
+        with entries_of(root / JSON):
+            return {
+                image["filename"]: (SPLITS[image["split"]], tuple(sentence["raw"] for sentence in image["sentences"]))
+                for image in load_json(root / JSON, "images")["images"]
+            }
     for name, parse in ((TOKEN, _token_rows), (CSV, _csv_rows)):
         if (root / name).is_file():
-            lines = (root / name).read_text(encoding="utf-8").splitlines()
             captions: dict[str, list[tuple[int, str]]] = defaultdict(list)
-            for image, number, caption in parse(lines, root / name):
+            for image, number, caption in parse(load_lines(root / name), root / name):
                 captions[image].append((number, caption))
             return {image: (None, tuple(text for _, text in sorted(texts))) for image, texts in captions.items()}
     raise DataError(
@@ -73,6 +74,8 @@ def _rows(root: Path) -> dict[str, tuple[Evaluation | None, tuple[str, ...]]]:
 def _token_rows(lines: Iterable[str], path: Path) -> Iterator[tuple[str, int, str]]:
     """`1000092795.jpg#0<TAB>caption`; a caption may hold `#` and quotes."""
     for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
         head, tab, caption = line.partition("\t")
         image, mark, index = head.rpartition("#")
         if not tab or not mark or not index.isdigit():
@@ -91,10 +94,14 @@ def _csv_rows(lines: Iterable[str], path: Path) -> Iterator[tuple[str, int, str]
         yield match["name"], int(match["number"]), match["caption"]
 
 
-def _image_folder(root: Path, name: str) -> Path:
-    """The folder of the images: ROOT or one up to three levels below it."""
-    for pattern in ("", "*/", "*/*/", "*/*/*/"):
-        found = next(root.glob(pattern + name), None)
-        if found:
-            return found.parent
-    raise DataError(f"{root}: looked for {name} there and up to three folders below, and found none.")
+def _image_folder(root: Path, names: list[str]) -> Path:
+    """The folder of the images: ROOT or one up to three levels below it.
+
+    A few names are looked for, as single photos may be missing; these are counted later.
+    """
+    for name in names[:10]:
+        for pattern in ("", "*/", "*/*/", "*/*/*/"):
+            found = next(root.glob(pattern + name), None)
+            if found:
+                return found.parent
+    raise DataError(f"{root}: looked for {names[0]} there and up to three folders below, and found none.")

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data_prep.record import DataError, Evaluation, Record
+from data_prep.sources.annotations import load_lines
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 TEMPLATES = ("a photo of a {c}.",)
@@ -43,10 +44,10 @@ def _classification(folder: Path) -> Iterator[Record]:
 
 def _selection(folder: Path) -> Iterator[Record]:
     evaluation = Evaluation(folder.name, "selection")
-    for number, line in enumerate((folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(load_lines(folder / "metadata.jsonl"), start=1):
         try:
             row = json.loads(line)
-            name, captions = row["file_name"], tuple(row["captions"])
+            name, captions = str(row["file_name"]), tuple(map(str, row["captions"]))
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(
                 f"{folder / 'metadata.jsonl'}:{number}: expected file_name and captions ({error})."

@@ -11,9 +11,9 @@ import io
 import itertools
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -46,14 +46,22 @@ SEEN = tuple(pair for pair in PAIRS if pair not in UNSEEN_VAL + UNSEEN_TEST)
 SIDE = 64
 SUPERSAMPLING = 2
 MARGIN = 2
-RADII = {"small": (9.5, 11.5), "large": (15.0, 18.0)}
+RADII = {"small": (10.0, 12.5), "large": (15.0, 19.0)}
+COUNTS = {1: 0.45, 2: 0.3, 3: 0.15, 4: 0.1}
+# Places tried for a thing before the whole scene is begun anew.
+PLACEMENTS = 30
 
 CAPTIONS = 5
+# What captions tell, and how often: scenes of several things, and of one.
+KINDS = {"list": 0.4, "relation": 0.15, "focus": 0.25, "shapes": 0.12, "colors": 0.08}
+KINDS_OF_ONE = {"list": 0.45, "focus": 0.25, "shapes": 0.2, "colors": 0.1}
+
 ANNOTATORS = 10
 # How often an annotator gives another answer than the scene's.
 ANNOTATOR_ERROR = 0.08
 
 Random = np.random.Generator
+Choice = TypeVar("Choice")
 
 
 @dataclass(frozen=True)
@@ -85,7 +93,7 @@ class Scene:
 
 def draw_scene(random: Random, pairs: Sequence[Pair], count: int | None = None, distinct: bool = False) -> Scene:
     """A scene of 1 to 4 things of these pairs; in `distinct` ones no colour and no shape occurs twice."""
-    count = count or int(random.choice([1, 2, 3, 4], p=[0.5, 0.3, 0.14, 0.06]))
+    count = count or _pick(random, COUNTS)
     chosen: list[Pair] = []
     twins = int(random.integers(2, count + 1)) if count > 1 and not distinct and random.random() < 0.35 else 1
     for number in range(count):
@@ -95,17 +103,23 @@ def draw_scene(random: Random, pairs: Sequence[Pair], count: int | None = None, 
     while True:
         things = _arrange(random, chosen)
         if things:
-            return Scene(things, str(random.choice(["dark", "light"])))
+            return Scene(things, "dark" if random.random() < 0.5 else "light")
+
+
+def _pick(random: Random, shares: Mapping[Choice, float]) -> Choice:
+    """A key, with the probability that stands beside it."""
+    threshold = random.random() * sum(shares.values())
+    bounds = zip(shares, itertools.accumulate(shares.values()), strict=True)
+    return next(choice for choice, bound in bounds if threshold < bound)
 
 
 def _arrange(random: Random, pairs: Sequence[Pair]) -> tuple[Thing, ...]:
     """A thing of each pair, none touching another; empty if the first ones left no room for the rest."""
     things: list[Thing] = []
     for pair in pairs:
-        for _ in range(60):
-            size = str(random.choice(list(RADII)))
-            radius = float(random.uniform(*RADII[size]))
-            x, y = (float(value) for value in random.uniform(radius + MARGIN, SIDE - radius - MARGIN, 2))
+        size = "large" if random.random() < (0.5 if len(pairs) < 3 else 0.25) else "small"
+        radius = float(random.uniform(*RADII[size]))
+        for x, y in random.uniform(radius + MARGIN, SIDE - radius - MARGIN, (PLACEMENTS, 2)).tolist():
             if all(math.hypot(x - other.x, y - other.y) > radius + other.radius + MARGIN for other in things):
                 things.append(Thing(*pair, size, x, y, radius))
                 break
@@ -165,34 +179,44 @@ OUTLINES: dict[str, list[tuple[float, float]]] = {
 
 
 def captions(scene: Scene, random: Random, count: int = CAPTIONS) -> list[str]:
-    """Several ways to say what is seen; most name everything, some say where it is, or how large."""
+    """Several ways to say what is seen; some name everything, others one thing, only the shapes or only the colours."""
     return [_caption(scene, random) for _ in range(count)]
 
 
 def _caption(scene: Scene, random: Random) -> str:
     things = list(scene.things)
-    if len(things) == 1:
-        name = things[0].name(with_size=bool(random.random() < 0.5))
-        forms = ("{a}", "one {n}", "there is {a}", "a picture of {a}", "{a} {p}", "{a} on a {b} background")
-        form = forms[int(random.integers(len(forms)))]
-        return form.format(n=name, a=article(name), p=position(things[0]), b=scene.background)
-    if len({thing.pair for thing in things}) == len(things) == 2 and random.random() < 0.35:
+    kind = _pick(random, KINDS if len(things) > 1 else KINDS_OF_ONE)
+    if kind == "relation" and len({thing.pair for thing in things}) == len(things) == 2:
         first, second = (things[int(index)] for index in random.permutation(2))
         return f"{article(first.name())} {relation(first, second)} {article(second.name())}"
-    listed = _listed(things, random, with_size=bool(random.random() < 0.4))
-    forms = ("{l}", "{l}", "there are {l}", "a picture of {l}", "{l} on a {b} background")
+    if kind == "focus":
+        thing = things[int(random.integers(len(things)))]
+        name = article(thing.name(with_size=random.random() < 0.4))
+        return f"{name} {position(thing)}" if random.random() < 0.6 else _framed(name, scene, random)
+    if kind == "shapes":
+        return _framed(_listed([thing.shape for thing in things], random), scene, random)
+    if kind == "colors":
+        return _framed(_listed([f"{thing.color} shape" for thing in things], random), scene, random)
+    with_size = random.random() < 0.35
+    return _framed(_listed([thing.name(with_size) for thing in things], random), scene, random)
+
+
+def _framed(words: str, scene: Scene, random: Random) -> str:
+    """The words alone, or in a longer phrase."""
+    verb = "is" if words.startswith(("a ", "an ")) and " and " not in words else "are"
+    forms = ("{words}", "{words}", "there {verb} {words}", "a picture of {words}", "{words} on a {background} background")
     form = forms[int(random.integers(len(forms)))]
-    return form.format(l=listed, b=scene.background)
+    return form.format(words=words, verb=verb, background=scene.background)
 
 
-def _listed(things: Sequence[Thing], random: Random, with_size: bool) -> str:
+def _listed(names: Sequence[str], random: Random) -> str:
     """`two red stars, a blue circle and a green square`, in a random order."""
-    groups = Counter(thing.name(with_size) for thing in things)
-    names = list(groups)
+    counts = Counter(names)
+    distinct = list(counts)
     parts = []
-    for index in random.permutation(len(names)):
-        name = names[int(index)]
-        parts.append(article(name) if groups[name] == 1 else f"{NUMBERS[groups[name]]} {plural(name)}")
+    for index in random.permutation(len(distinct)):
+        name = distinct[int(index)]
+        parts.append(article(name) if counts[name] == 1 else f"{NUMBERS[counts[name]]} {plural(name)}")
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 

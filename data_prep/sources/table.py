@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,32 +19,37 @@ def read(path: Path, options: TableOptions) -> Iterator[Record]:
     """Yield one Record a row, in the table's order; a caption cell may hold one text or a list of them.
 
     Raises:
-        DataError: another file type, a column that is not there (those that are, are named), or a malformed row.
+        DataError: another file type, a column that is not there (those that are, are named), or a malformed table.
     """
-    if path.suffix not in FORMATS:
+    if path.suffix.lower() not in FORMATS:
         raise DataError(f"{path}: tables are {', '.join(FORMATS)}; found {path.suffix or 'no suffix'}.")
     wanted = (options.image_column, *options.caption_columns)
-    for number, row in enumerate(FORMATS[path.suffix](path), start=1):
-        if missing := [name for name in wanted if name not in row]:
-            raise DataError(
-                f"{path}: row {number} has no column {missing[0]!r}; it has {', '.join(map(str, row))}. "
-                "Name yours with --image-column and --caption-column."
-            )
-        captions: list[str] = []
-        for name in options.caption_columns:
-            cell = row[name]
-            captions += [str(text) for text in cell] if isinstance(cell, list) else [str(cell)] if cell else []
-        image = str(row[options.image_column])
-        yield Record(f"table:{image}", "table", path.parent / image, captions=tuple(captions))
+    try:
+        for number, row in enumerate(FORMATS[path.suffix.lower()](path, wanted), start=1):
+            if missing := [name for name in wanted if name not in row]:
+                raise DataError(
+                    f"{path}: row {number} has no column {missing[0]!r}; it has {', '.join(map(str, row))}. "
+                    "Name yours with --image-column and --caption-column."
+                )
+            image = row[options.image_column]
+            if not isinstance(image, str) or not image:
+                raise DataError(f"{path}: row {number} has {image!r} for the path of its image.")
+            captions: list[str] = []
+            for name in options.caption_columns:
+                cell = row[name]
+                captions += [str(text) for text in cell] if isinstance(cell, list) else [str(cell)] if cell else []
+            yield Record(f"table:{path.stem}/{image}", "table", path.parent / image, captions=tuple(captions))
+    except (ValueError, OSError, csv.Error) as error:  # pyarrow's errors are ValueErrors
+        raise DataError(f"{path}: cannot be read as {path.suffix.lower()} ({error}).") from None
 
 
-def _csv_rows(path: Path) -> Iterator[dict[str, Any]]:
+def _csv_rows(path: Path, wanted: Sequence[str]) -> Iterator[dict[str, Any]]:
     with path.open(encoding="utf-8-sig", newline="") as file:
-        yield from csv.DictReader(file, dialect="excel-tab" if path.suffix == ".tsv" else "excel")
+        yield from csv.DictReader(file, dialect="excel-tab" if path.suffix.lower() == ".tsv" else "excel")
 
 
-def _jsonl_rows(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8") as file:
+def _jsonl_rows(path: Path, wanted: Sequence[str]) -> Iterator[dict[str, Any]]:
+    with path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, start=1):
             try:
                 yield dict(json.loads(line))
@@ -52,14 +57,17 @@ def _jsonl_rows(path: Path) -> Iterator[dict[str, Any]]:
                 raise DataError(f"{path}:{number}: not a JSON object ({error}).") from None
 
 
-def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
+def _parquet_rows(path: Path, wanted: Sequence[str]) -> Iterator[dict[str, Any]]:
     import pyarrow.parquet as pq
 
-    for batch in pq.ParquetFile(path).iter_batches():
+    table = pq.ParquetFile(path)
+    # Other columns may hold the images themselves. Where a wanted one is missing, the first row says so.
+    columns = list(wanted) if set(wanted) <= set(table.schema_arrow.names) else None
+    for batch in table.iter_batches(batch_size=10_000, columns=columns):
         yield from batch.to_pylist()
 
 
-FORMATS: dict[str, Callable[[Path], Iterator[dict[str, Any]]]] = {
+FORMATS: dict[str, Callable[[Path, Sequence[str]], Iterator[dict[str, Any]]]] = {
     ".csv": _csv_rows,
     ".tsv": _csv_rows,
     ".jsonl": _jsonl_rows,

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.record import DataError, Evaluation, Record
-from data_prep.sources.annotations import first_existing, load_json
+from data_prep.sources.annotations import entries_of, image_folder, load_json
 from data_prep.sources.coco import photo_id
 
 VERSIONS = {"v2": "v2_", "v1": ""}
@@ -26,7 +26,7 @@ def read(root: Path, options: object = None) -> Iterator[Record]:
     """Yield one Record an image, split by split, in ascending image id.
 
     Raises:
-        DataError: no question file, one without its annotations, or questions that have no answers.
+        DataError: no question file, one without its annotations or images, or questions that have no answers.
     """
     found = False
     for version, prefix in VERSIONS.items():
@@ -47,23 +47,24 @@ def read(root: Path, options: object = None) -> Iterator[Record]:
 def _read_split(
     root: Path, split: str, questions: Path, answers: Path, evaluation: Evaluation | None
 ) -> Iterator[Record]:
-    annotations = {int(item["question_id"]): item for item in load_json(answers, "annotations")["annotations"]}
+    with entries_of(answers):
+        annotations = {int(item["question_id"]): item for item in load_json(answers, "annotations")["annotations"]}
+    folder = image_folder([root / split, root / "images" / split, root / "images"], questions)
     by_image: dict[int, list[dict[str, Any]]] = defaultdict(list)
-    for asked in load_json(questions, "questions")["questions"]:
-        number = int(asked["question_id"])
-        if number not in annotations:
-            raise DataError(
-                f"{questions}: question {number} has no answers in {answers.name}. Do the two belong together?"
-            )
-        kept = {key: annotations[number][key] for key in KEPT if key in annotations[number]}
-        by_image[int(asked["image_id"])].append({"question_id": number, "question": asked["question"], **kept})
-    name = "COCO_{}_{:012d}.jpg"
-    folder = first_existing([root / split, root / "images" / split, root / "images"]) or root / split
+    with entries_of(questions):
+        for asked in load_json(questions, "questions")["questions"]:
+            number = int(asked["question_id"])
+            if number not in annotations:
+                raise DataError(
+                    f"{questions}: question {number} has no answers in {answers.name}. Do the two belong together?"
+                )
+            kept = {key: annotations[number][key] for key in KEPT if key in annotations[number]}
+            by_image[int(asked["image_id"])].append({"question_id": number, "question": asked["question"], **kept})
     for image in sorted(by_image):
         yield Record(
             image_id=photo_id(image),
             source="vqa",
-            path=folder / name.format(split, image),
+            path=folder / f"COCO_{split}_{image:012d}.jpg",
             evaluation=evaluation,
             questions=tuple(sorted(by_image[image], key=lambda question: question["question_id"])),
         )

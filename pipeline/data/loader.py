@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -81,8 +80,8 @@ class RankBatches(Dataset[Batch]):
     def _sample(self, epoch: int, planned: int) -> tuple[Tensor, str, int, list[Replaced]]:
         sample, replaced = planned, list[Replaced]()
         for attempt in range(SUBSTITUTES):
-            shards, indices = self.plan.locate(np.array([sample]))
-            stored = self.store.read(int(shards[0]), int(indices[0]))
+            shard, index = self.plan.locate(sample)
+            stored = self.store.read(shard, index)
             uniforms = sample_uniforms(self.plan.seed, epoch, sample, transforms.UNIFORMS)
             try:
                 text = transforms.choose_text(stored.texts, self.augmentation.fields, uniforms[:2])
@@ -95,8 +94,8 @@ class RankBatches(Dataset[Batch]):
                 )
             except transforms.BadSample as error:
                 substitute = self.plan.substitute(planned, attempt)
-                shard = self.store.shards[int(shards[0])].name
-                replaced.append(Replaced(sample, stored.key, shard, str(error), substitute))
+                name = self.store.shards[shard].name
+                replaced.append(Replaced(sample, stored.key, name, str(error), substitute))
                 sample = substitute
             else:
                 return image_CSS, text, sample, replaced

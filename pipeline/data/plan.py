@@ -93,10 +93,10 @@ class Plan:
         bits = _philox(self.seed, "substitute", sample, attempt).random_raw(1)
         return int(bits[0] % np.uint64(self.samples))
 
-    def locate(self, ids: Ids) -> tuple[Ids, Ids]:
-        """Ids → (shard, index in shard)."""
-        shards = np.searchsorted(self._starts, ids, side="right") - 1
-        return shards, ids - self._starts[shards]
+    def locate(self, sample: int) -> tuple[int, int]:
+        """Id → (shard, index in shard)."""
+        shard = int(np.searchsorted(self._starts, sample, side="right")) - 1
+        return shard, int(sample - self._starts[shard])
 
     def state(self, step: int) -> dict[str, Any]:
         """The stream's state once `step` global batches were attempted: all that an exact resume needs."""

@@ -14,15 +14,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import interpolate
 from torchvision.io import ImageReadMode, decode_image
-from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2 import functional as F  # noqa: N812
 
 CROP_TRIES = 10
 # Random numbers that a sample may use: field, text, then four a crop try.
 UNIFORMS = 2 + 4 * CROP_TRIES
-
-INTERPOLATION = {"bicubic": InterpolationMode.BICUBIC, "bilinear": InterpolationMode.BILINEAR}
 
 
 class BadSample(ValueError):  # noqa: N818 (it describes a sample, not a failure of ours)
@@ -52,6 +49,7 @@ def random_crop(
         image_CHW: uint8.
         size: (height, width) of the result.
         scale: range of the crop's share of the image's area.
+        interpolation: `bicubic` or `bilinear`, with antialiasing.
         uniforms: (4 × CROP_TRIES,) numbers in [0, 1).
 
     Returns:
@@ -59,13 +57,8 @@ def random_crop(
     """
     height, width = image_CHW.shape[-2:]
     top, left, crop_height, crop_width = crop_box(height, width, scale, uniforms)
-    return F.resized_crop(
-        image_CHW,
-        *(top, left, crop_height, crop_width),
-        size=list(size),
-        interpolation=INTERPOLATION[interpolation],
-        antialias=True,
-    )
+    crop_CHW = image_CHW[:, top : top + crop_height, left : left + crop_width]
+    return interpolate(crop_CHW[None], size=size, mode=interpolation, antialias=True)[0]
 
 
 def crop_box(

@@ -1,6 +1,6 @@
 """Zero-shot classification: an image belongs to the class whose prompts are nearest.
 
-Shapes: N images, K classes, T templates, D = embedding width.
+Shapes: N images, B of them at a time, K classes, T templates, D = embedding width.
 """
 
 from __future__ import annotations
@@ -11,10 +11,13 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from pipeline.evaluate.result import Result
-from pipeline.evaluate.statistics import interval
+from pipeline.evaluate.result import ClassAccuracy, Result
+from pipeline.evaluate.statistics import interval, interval_over_groups
+from pipeline.evaluate.ties import hit_share, scores
 
 TASK = "zeroshot_classification"
+CUTOFFS = (1, 5)
+BLOCK = 1024
 
 
 def class_embeddings(
@@ -27,29 +30,35 @@ def class_embeddings(
 
 
 def measure(image_ND: Tensor, class_KD: Tensor, labels: Sequence[int]) -> Result:
-    """acc1, acc5 and mean_per_class_recall, the latter over the classes that have images.
+    """acc1, acc5, and mean_per_class_recall over the classes that have images; ties are shared (see ties.py).
 
-    Classes that score the same share a place evenly: an image whose class ties with three others for the first place
-    counts a quarter, so that a collapsed model scores chance and not 1.
+    Args:
+        image_ND: unit-norm.
+        class_KD: unit-norm.
+        labels: (N,) from 0 to K - 1. A class without images counts in chance and as a wrong answer, not in the recall.
     """
-    label_N = torch.as_tensor(labels)
-    classes = len(class_KD)
-    score_NK = image_ND.double() @ class_KD.double().T
-    hits = {k: hit_share(score_NK, label_N, k) for k in (1, 5)}
-    recalls = [float(hits[1][label_N == label].mean()) for label in label_N.unique()]
-    metrics = {
-        "acc1": float(hits[1].mean()),
-        "acc5": float(hits[5].mean()),
-        "mean_per_class_recall": sum(recalls) / len(recalls),
-    }
-    intervals = {f"acc{k}": interval(hit) for k, hit in hits.items()}
-    chance = {"acc1": 1 / classes, "acc5": min(1.0, 5 / classes), "mean_per_class_recall": 1 / classes}
-    return Result(TASK, metrics, intervals, chance)
+    label_N, classes = torch.as_tensor(labels), len(class_KD)
+    hits = hit_shares(image_ND, class_KD, label_N)
+    images_K = torch.bincount(label_N, minlength=classes)
+    recall_K = torch.zeros(classes, dtype=torch.float64).index_add(0, label_N, hits[1]) / images_K
+    metrics = {f"acc{k}": float(hit_N.mean()) for k, hit_N in hits.items()}
+    intervals = {f"acc{k}": interval(hit_N) for k, hit_N in hits.items()}
+    chance = {f"acc{k}": min(1.0, k / classes) for k in hits}
+    name = "mean_per_class_recall"
+    metrics[name], chance[name] = float(recall_K[images_K > 0].mean()), 1 / classes
+    intervals[name] = interval_over_groups(hits[1], label_N)
+    pairs = zip(images_K.tolist(), recall_K.tolist(), strict=True)
+    accuracies = tuple(ClassAccuracy(images, recall if images else None) for images, recall in pairs)
+    return Result(TASK, metrics, intervals, chance, accuracies)
 
 
-def hit_share(score_NK: Tensor, label_N: Tensor, k: int) -> Tensor:
-    """(N,) the chance that the right class is among the k best, ties broken at random."""
-    own_N1 = score_NK.gather(1, label_N[:, None])
-    above_N = (score_NK > own_N1).sum(dim=1)
-    tied_N = (score_NK == own_N1).sum(dim=1)
-    return ((k - above_N) / tied_N).clamp(0, 1).double()
+def hit_shares(image_ND: Tensor, class_KD: Tensor, label_N: Tensor) -> dict[int, Tensor]:
+    """k → (N,) whether the right class is among the k best: 1, 0, or the share that a tie leaves."""
+    above, tied = [], []
+    for image_BD, label_B in zip(image_ND.split(BLOCK), label_N.split(BLOCK), strict=True):
+        score_BK = scores(image_BD, class_KD)
+        own_B1 = score_BK.gather(1, label_B[:, None])
+        above.append((score_BK > own_B1).sum(dim=1))
+        tied.append((score_BK == own_B1).sum(dim=1) - 1)
+    above_N, tied_N = torch.cat(above), torch.cat(tied)
+    return {k: hit_share(above_N, torch.ones_like(tied_N), tied_N, k) for k in CUTOFFS}

@@ -42,12 +42,15 @@ def embed_images(trained: TrainedModel, items: Sequence[Item], *, batch_size: in
 
 @torch.inference_mode()
 def embed_texts(trained: TrainedModel, texts: Sequence[str], *, batch_size: int) -> Tensor:
-    """(N, D) float32 on the CPU, unit-norm rows in the order of `texts`."""
+    """(N, D) float32 on the CPU, unit-norm rows in the order of `texts`; equal texts have equal rows."""
+    # A text is embedded once: its place in a batch would change the last bits, and ties would depend on them.
+    unique = list(dict.fromkeys(texts))
+    place = {text: number for number, text in enumerate(unique)}
     device = next(trained.towers.parameters()).device
-    batches = [texts[begin : begin + batch_size] for begin in range(0, len(texts), batch_size)]
-    tokens = [trained.tokenize(batch).to(device) for batch in batches]
+    batches = (unique[begin : begin + batch_size] for begin in range(0, len(unique), batch_size))
+    tokens = (trained.tokenize(batch).to(device) for batch in batches)
     features = [trained.towers.encode_text(token, normalize=True).float().cpu() for token in tokens]
-    return _finite(torch.cat(features), "text")
+    return _finite(torch.cat(features), "text")[[place[text] for text in texts]]
 
 
 def _finite(feature_ND: Tensor, tower: str) -> Tensor:

@@ -6,17 +6,27 @@ from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
+class ClassAccuracy:
+    """The images of one class; accuracy is None where there are none."""
+
+    images: int
+    accuracy: float | None
+
+
+@dataclass(frozen=True)
 class Result:
     """The figures of one set, by CLIP_benchmark's names.
 
     Attributes:
         task: as CLIP_benchmark calls it.
         metrics: fractions, 0 to 1.
-        intervals: 95 % bootstrap interval of a metric.
-        chance: what a model that knows nothing scores on average.
+        intervals: 95 % bootstrap interval of each metric.
+        chance: what a model whose embeddings are all equal scores.
+        classes: top-1 accuracy by label, in classification.
     """
 
     task: str
     metrics: dict[str, float]
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
     chance: dict[str, float] = field(default_factory=dict)
+    classes: tuple[ClassAccuracy, ...] = ()

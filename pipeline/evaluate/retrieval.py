@@ -1,6 +1,6 @@
 """Image ↔ text retrieval with any number of captions an image; no N × M matrix is ever whole.
 
-Shapes: N images, M captions, D = embedding width. A caption's owner is the index of its image.
+Shapes: N images, M captions, B of either at a time, D = embedding width. A caption's owner is the index of its image.
 
 CLIP_benchmark's definitions: image_retrieval_recall@K takes a caption and looks for its image; text_retrieval_recall@K
 takes an image, and any of its captions among the first K is a hit.
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pipeline.evaluate.result import Result
 from pipeline.evaluate.statistics import interval
+from pipeline.evaluate.ties import hit_share, scores
 
 TASK = "zeroshot_retrieval"
 CUTOFFS = (1, 5, 10)
@@ -22,51 +23,50 @@ BLOCK = 1024
 
 
 def measure(image_ND: Tensor, text_MD: Tensor, owners: Sequence[int]) -> Result:
-    """Recall at 1, 5 and 10, both ways.
+    """Recall at 1, 5 and 10, both ways; ties are shared (see ties.py).
 
-    What ties with the right answer counts as ranked before it: equal embeddings earn nothing.
+    Args:
+        image_ND: unit-norm.
+        text_MD: unit-norm.
+        owners: (M,) index of each caption's image; every image has at least one.
     """
     owner_M = torch.as_tensor(owners)
-    image_rank_M, text_rank_N = ranks(image_ND, text_MD, owner_M)
+    image_N = torch.arange(len(image_ND))
     captions_N = torch.bincount(owner_M, minlength=len(image_ND))
+    to_images = standing(text_MD, image_ND, owner_M, image_N)
+    to_texts = standing(image_ND, text_MD, image_N, owner_M)
+    none_N = torch.zeros_like(captions_N)
     metrics, intervals, chance = {}, {}, {}
     for k in CUTOFFS:
-        found_M = (image_rank_M < k).double()
         name = f"image_retrieval_recall@{k}"
+        found_M = hit_share(*to_images, k)
         found_N = torch.zeros(len(image_ND), dtype=torch.float64).index_add(0, owner_M, found_M)
         metrics[name], intervals[name] = float(found_M.mean()), interval(found_N, captions_N)
         chance[name] = min(1.0, k / len(image_ND))
-        found_N = (text_rank_N < k).double()
+    for k in CUTOFFS:
         name = f"text_retrieval_recall@{k}"
+        found_N = hit_share(*to_texts, k)
         metrics[name], intervals[name] = float(found_N.mean()), interval(found_N)
-        chance[name] = float(_chance_of_any(captions_N, len(text_MD), k).mean())
+        chance[name] = float(hit_share(none_N, captions_N, len(text_MD) - captions_N, k).mean())
     return Result(TASK, metrics, intervals, chance)
 
 
-def ranks(image_ND: Tensor, text_MD: Tensor, owner_M: Tensor) -> tuple[Tensor, Tensor]:
-    """Ranks from 0: (M,) of each caption's image among images, (N,) of each image's best caption among captions.
+def standing(
+    query_QD: Tensor, key_KD: Tensor, query_owner_Q: Tensor, key_owner_K: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Where each query's best right answer stands; a key is right whose owner is the query's.
 
-    An image's other captions do not count as competitors of its best one. O(block · (N + M)) memory.
+    Returns:
+        (Q,) wrong keys above it, (Q,) right keys that score the same, itself included, (Q,) wrong keys that do.
+        O(Q + B · K) memory.
     """
-    image_rank_M = torch.empty(len(text_MD), dtype=torch.long)
-    # float64, so that products of the same vectors are equal whatever the block's shape
-    image_ND, text_MD = image_ND.double(), text_MD.double()
-    for begin in range(0, len(text_MD), BLOCK):
-        score_BN = text_MD[begin : begin + BLOCK] @ image_ND.T
-        own_B1 = score_BN.gather(1, owner_M[begin : begin + BLOCK, None])
-        image_rank_M[begin : begin + BLOCK] = (score_BN >= own_B1).sum(dim=1) - 1
-    text_rank_N = torch.empty(len(image_ND), dtype=torch.long)
-    for begin in range(0, len(image_ND), BLOCK):
-        score_BM = image_ND[begin : begin + BLOCK] @ text_MD.T
-        own_BM = owner_M[None, :] == torch.arange(begin, begin + len(score_BM))[:, None]
-        best_B1 = score_BM.masked_fill(~own_BM, -torch.inf).amax(dim=1, keepdim=True)
-        text_rank_N[begin : begin + BLOCK] = ((score_BM >= best_B1) & ~own_BM).sum(dim=1)
-    return image_rank_M, text_rank_N
-
-
-def _chance_of_any(captions_N: Tensor, total: int, k: int) -> Tensor:
-    """(N,) the chance that k captions drawn from all hold at least one of the image's."""
-    miss_N = torch.ones(len(captions_N), dtype=torch.float64)
-    for drawn in range(min(k, total)):
-        miss_N *= (total - drawn - captions_N).clamp(min=0) / (total - drawn)
-    return 1 - miss_N
+    blocks = []
+    for query_BD, owner_B in zip(query_QD.split(BLOCK), query_owner_Q.split(BLOCK), strict=True):
+        score_BK = scores(query_BD, key_KD)
+        right_BK = owner_B[:, None] == key_owner_K[None, :]
+        best_B1 = score_BK.masked_fill(~right_BK, -torch.inf).amax(dim=1, keepdim=True)
+        tied_BK = score_BK == best_B1
+        above_B = (score_BK > best_B1).sum(dim=1)
+        blocks.append((above_B, (tied_BK & right_BK).sum(dim=1), (tied_BK & ~right_BK).sum(dim=1)))
+    above, right, wrong = zip(*blocks, strict=True)
+    return torch.cat(above), torch.cat(right), torch.cat(wrong)

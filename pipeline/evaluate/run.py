@@ -50,17 +50,21 @@ def evaluate(
     for source in chosen:
         if source.kind not in MEASURES:
             log.info("%s: there is no measure for %s sets yet; left out.", source.name, source.kind)
+    measured = [source for source in chosen if source.kind in MEASURES]
+    if not measured:
+        raise EvaluationError(
+            f"{data}: has no evaluation set that can be measured, of {len(chosen)}. Known kinds: {', '.join(MEASURES)}."
+        )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     trained = loading.load(run, step, device)
     folder = run / "eval" / checkpoints.folder_name(trained.step)
     folder.mkdir(parents=True, exist_ok=True)
     results = []
-    measured = [source for source in chosen if source.kind in MEASURES]
     for source in track(
         measured, "evaluate", console=Console(stderr=True), disable=not Console(stderr=True).is_terminal
     ):
         result = measure(trained, source)
-        record = {
+        record: dict[str, Any] = {
             "dataset": source.name,
             "model": trained.recipe.model.name or run.resolve().name,
             "pretrained": str(run / "checkpoints" / checkpoints.folder_name(trained.step)),
@@ -71,6 +75,11 @@ def evaluate(
             "images": source.samples,
             "language": "en",
         }
+        if result.classes:
+            record["classes"] = [
+                {"name": name, "images": found.images, "accuracy": found.accuracy}
+                for name, found in zip(sets.class_names(source), result.classes, strict=True)
+            ]
         checkpoints.write_atomically(folder / f"{source.name}.json", json.dumps(record, indent=1))
         results.append(record)
     Console().print(table(results))
@@ -93,7 +102,10 @@ def _classification(source: EvaluationSet, items: list[Item], image_ND: torch.Te
     names = sets.class_names(source)
     labels = [item.label for item in items]
     if not 0 <= min(labels) <= max(labels) < len(names):
-        raise EvaluationError(f"{source.path}: labels run from {min(labels)} to {max(labels)}, names are {len(names)}.")
+        raise EvaluationError(
+            f"{source.path}: labels run from {min(labels)} to {max(labels)}, but classnames.txt has {len(names)} "
+            f"names, for 0 to {len(names) - 1}. Build the dataset again."
+        )
     class_KD = classification.class_embeddings(names, sets.templates(source), embed)
     return classification.measure(image_ND, class_KD, labels)
 

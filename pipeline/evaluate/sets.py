@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from PIL import Image
@@ -22,24 +22,41 @@ class EvaluationError(DataError):
 
 @dataclass(frozen=True)
 class Item:
-    """One image of a set: its bytes, and what the set says of it.
+    """One image of a tar: where its bytes lie, and what is said of it.
 
     Attributes:
+        tar, offset, size: of the encoded image.
         label: class index; -1 outside classification.
         captions: a line each of `txt`; empty in classification.
     """
 
     key: str
-    image: bytes
+    tar: Path
+    offset: int
+    size: int
     label: int
     captions: tuple[str, ...]
 
     def open(self) -> Image.Image:
-        return Image.open(io.BytesIO(self.image)).convert("RGB")
+        """The picture as RGB, read when asked for.
+
+        Raises:
+            EvaluationError: it does not decode.
+        """
+        with self.tar.open("rb") as file:
+            file.seek(self.offset)
+            encoded = file.read(self.size)
+        try:
+            return Image.open(io.BytesIO(encoded)).convert("RGB")
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise EvaluationError(
+                f"{self.tar}: image {self.key} does not decode ({error}). `python -m data_prep verify` says whether "
+                "the file is as it was written."
+            ) from None
 
 
 def read(source: EvaluationSet) -> list[Item]:
-    """All items of a set, in order; the encoded images stay in memory, the pixels do not.
+    """All items of a set, in order, without their pictures.
 
     Raises:
         EvaluationError: a tar is missing or broken, or the set is empty.
@@ -47,14 +64,26 @@ def read(source: EvaluationSet) -> list[Item]:
     folder = source.path / "test"
     try:
         shards = int((folder / "nshards.txt").read_text(encoding="utf-8"))
-        items = [item for number in range(shards) for item in _read_tar(folder / f"{number}.tar")]
+    except (OSError, ValueError) as error:
+        raise EvaluationError(f"{folder / 'nshards.txt'}: looked for the number of tars here: {error}.") from None
+    items = [item for number in range(shards) for item in read_tar(folder / f"{number}.tar")]
+    if not items:
+        raise EvaluationError(f"{folder}: holds no image. Build the dataset again.")
+    return items
+
+
+def read_tar(path: Path) -> list[Item]:
+    """The items of one uncompressed tar, in order; an evaluation set's or a train shard.
+
+    Raises:
+        EvaluationError: it is missing or broken, or a `cls` is no integer.
+    """
+    try:
+        return [item for parts in _members(path) if (item := parts.item(path)) is not None]
     except (OSError, ValueError, tarfile.TarError) as error:
         raise EvaluationError(
-            f"{folder}: cannot be read ({error}). Check it with `python -m data_prep verify`."
+            f"{path}: cannot be read ({error}). Check it with `python -m data_prep verify`."
         ) from None
-    if not items:
-        raise EvaluationError(f"{folder}: holds no image.")
-    return items
 
 
 def class_names(source: EvaluationSet) -> list[str]:
@@ -64,28 +93,49 @@ def class_names(source: EvaluationSet) -> list[str]:
 
 def templates(source: EvaluationSet) -> list[str]:
     """The prompts of a classification set, `{c}` standing for the class name."""
-    found = _lines(source.path / "zeroshot_classification_templates.txt")
+    path = source.path / "zeroshot_classification_templates.txt"
+    found = _lines(path)
     if wrong := [line for line in found if "{c}" not in line]:
-        raise EvaluationError(f"{source.path}: the template {wrong[0]!r} lacks {{c}}, where the class name goes.")
+        raise EvaluationError(f"{path}: the template {wrong[0]!r} lacks {{c}}, where the class name goes.")
     return found
 
 
-def _read_tar(path: Path) -> Iterator[Item]:
-    parts: dict[str, dict[str, bytes]] = {}
-    with tarfile.open(path) as tar:
+@dataclass
+class _Parts:
+    """The members of a tar that share a key."""
+
+    key: str
+    images: dict[str, tuple[int, int]] = field(default_factory=dict)
+    texts: dict[str, bytes] = field(default_factory=dict)
+
+    def item(self, tar: Path) -> Item | None:
+        place = next((self.images[extension] for extension in IMAGE_EXTENSIONS if extension in self.images), None)
+        if place is None:
+            return None
+        captions = self.texts.get("txt", b"").decode("utf-8").split("\n")
+        label = int(self.texts.get("cls", b"-1"))
+        return Item(self.key, tar, *place, label, tuple(line for line in captions if line.strip()))
+
+
+def _members(path: Path) -> Iterator[_Parts]:
+    by_key: dict[str, _Parts] = {}
+    with tarfile.open(path, "r:") as tar:  # "r:": a compressed tar has no offsets to read from later
         for member in tar:
-            file = tar.extractfile(member)
-            if file is not None:
-                key, _, extension = member.name.partition(".")
-                parts.setdefault(key, {})[extension] = file.read()
-    for key, members in parts.items():
-        image = next((members[extension] for extension in IMAGE_EXTENSIONS if extension in members), None)
-        if image is not None:
-            captions = members.get("txt", b"").decode("utf-8").split("\n")
-            yield Item(key, image, int(members.get("cls", b"-1")), tuple(line for line in captions if line))
+            folder, _, name = member.name.rpartition("/")
+            stem, _, extension = name.partition(".")
+            key = f"{folder}/{stem}" if folder else stem
+            parts = by_key.setdefault(key, _Parts(key))
+            if extension in IMAGE_EXTENSIONS:
+                parts.images[extension] = (member.offset_data, member.size)
+            elif extension in ("txt", "cls") and (content := tar.extractfile(member)):
+                parts.texts[extension] = content.read()
+    return iter(by_key.values())
 
 
 def _lines(path: Path) -> list[str]:
     if not path.is_file():
-        raise EvaluationError(f"{path}: looked for this file and found none.")
-    return [line for line in path.read_text(encoding="utf-8").splitlines() if line]
+        raise EvaluationError(f"{path}: looked for this file and found none. Build the dataset again.")
+    lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
+    if "" in lines:
+        raise EvaluationError(f"{path}: line {lines.index('') + 1} is empty; each line stands for one entry, in order.")
+    return lines

@@ -1,17 +1,27 @@
 """A SentencePiece BPE model as the files of a fast Hugging Face tokenizer, with identical ids.
 
-open_clip reads a folder's tokenizer through transformers, so this is how a vocabulary of one's own gets there.
+open_clip reads a folder's tokenizer through transformers, so this is how a vocabulary of one's own gets there. Known to
+differ, beside some 1 in 10,000 strings of random Unicode: a compatibility letter before an accent that composes with it
+(Ⓥ and U+0303), which `tokenizers` normalises letter by letter.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from data_prep.record import DataError
 from pipeline.tokenizer import SentencePieceTokenizer
 
-BPE = 2  # TrainerSpec.ModelType
 SPACE = "▁"
+# sentencepiece_model.proto
+BPE = 2
+NORMAL, USER_DEFINED = 1, 4
+
+# A combining mark after another character, where `tokenizers` would normalise the two as one and lose the mark.
+MARK = r"(?<=.)(?=[\p{M}\x{200c}\x{200d}])"
+# Keeps the two apart meanwhile: a format character, which no normalisation touches and open_clip's cleaning removes.
+APART = "\u206f"
 
 
 class ExportError(DataError):
@@ -22,35 +32,41 @@ def write(tokenizer: SentencePieceTokenizer, folder: Path) -> None:
     """Write tokenizer.json and its configuration into `folder`.
 
     Raises:
-        ExportError: the model is not BPE: a unigram model's segmentation is not one of merges.
+        ExportError: the model is not BPE (a unigram model's segmentation is not one of merges), or it was trained with
+            options that change how text is split and have no counterpart here.
     """
     from sentencepiece import sentencepiece_model_pb2
-    from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     proto = sentencepiece_model_pb2.ModelProto()
     proto.ParseFromString(tokenizer.pieces.serialized_model_proto())
-    if proto.trainer_spec.model_type != BPE:
-        raise ExportError(
-            f"{tokenizer.path}: not a BPE model. Train the vocabulary with --type bpe, or keep to this pipeline."
-        )
-    scores = {piece.piece: piece.score for piece in proto.pieces}
+    _refuse_what_has_no_counterpart(proto, tokenizer.path)
     vocabulary = {piece.piece: number for number, piece in enumerate(proto.pieces)}
+    scores = {piece.piece: piece.score for piece in proto.pieces if piece.type == NORMAL}
     pad, unk, bos, eos = (
         tokenizer.pieces.id_to_piece(number)
         for number in (tokenizer.pad_id, tokenizer.pieces.unk_id(), tokenizer.bos_id, tokenizer.eos_id)
     )
-    special = {pad, unk, bos, eos}
-    fast = Tokenizer(models.BPE(vocabulary, merges(vocabulary, scores, special), unk_token=unk, fuse_unk=True))
-    steps = [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
-    if proto.normalizer_spec.precompiled_charsmap:
-        steps.insert(0, normalizers.Precompiled(proto.normalizer_spec.precompiled_charsmap))
-    fast.normalizer = normalizers.Sequence(steps)
-    fast.pre_tokenizer = pre_tokenizers.Metaspace(replacement=SPACE, prepend_scheme="always")
+    fast = Tokenizer(
+        models.BPE(
+            vocabulary,
+            merges(vocabulary, scores),
+            unk_token=unk,
+            fuse_unk=True,
+            byte_fallback=proto.trainer_spec.byte_fallback,
+        )
+    )
+    fast.normalizer = _normalizer(proto.normalizer_spec.precompiled_charsmap)
+    fast.pre_tokenizer = pre_tokenizers.Metaspace(
+        replacement=SPACE, prepend_scheme="never", split=proto.trainer_spec.split_by_whitespace
+    )
+    fast.decoder = decoders.Metaspace(replacement=SPACE, prepend_scheme="always")
     fast.post_processor = processors.TemplateProcessing(
         single=f"{bos} $A {eos}", special_tokens=[(bos, tokenizer.bos_id), (eos, tokenizer.eos_id)]
     )
-    fast.add_special_tokens([AddedToken(piece, normalized=False, special=True) for piece in sorted(special)])
+    special = [AddedToken(piece, normalized=False, special=True) for piece in (pad, unk, bos, eos)]
+    fast.add_special_tokens(special)
     PreTrainedTokenizerFast(
         tokenizer_object=fast,
         pad_token=pad,
@@ -63,17 +79,59 @@ def write(tokenizer: SentencePieceTokenizer, folder: Path) -> None:
     ).save_pretrained(folder)
 
 
-def merges(vocabulary: dict[str, int], scores: dict[str, float], special: set[str]) -> list[tuple[str, str]]:
+def merges(vocabulary: dict[str, int], scores: dict[str, float]) -> list[tuple[str, str]]:
     """Every way to make a piece of two others, in the order in which SentencePiece would merge them.
 
     SentencePiece merges whichever neighbours make the piece of the best score, so a piece's score ranks each of its
     merges alike.
+
+    Args:
+        vocabulary: piece → id.
+        scores: of the pieces that text can become; control, byte and unknown pieces take no part.
     """
     found = [
-        (-scores[piece], vocabulary[piece[:cut]], vocabulary[piece[cut:]], piece[:cut], piece[cut:])
-        for piece in vocabulary
-        if piece not in special
+        (-score, vocabulary[piece[:cut]], vocabulary[piece[cut:]], piece[:cut], piece[cut:])
+        for piece, score in scores.items()
         for cut in range(1, len(piece))
-        if piece[:cut] in vocabulary and piece[cut:] in vocabulary
+        if piece[:cut] in scores and piece[cut:] in scores
     ]
     return [(left, right) for *_, left, right in sorted(found)]
+
+
+def _normalizer(charsmap: bytes) -> Any:
+    """SentencePiece's own rules, its removal of needless spaces, and its marks for those that stay."""
+    from tokenizers import Regex, normalizers
+
+    rules: list[Any] = []
+    if charsmap:
+        rules = [
+            normalizers.Replace(Regex(MARK), APART),
+            normalizers.Precompiled(charsmap),
+            normalizers.Replace(APART, ""),
+        ]
+    return normalizers.Sequence(
+        [
+            *rules,
+            normalizers.Replace(Regex("^ +"), ""),
+            normalizers.Replace(Regex(f"[ {SPACE}]+$"), ""),
+            normalizers.Replace(Regex(" +"), SPACE),
+            normalizers.Prepend(SPACE),
+        ]
+    )
+
+
+def _refuse_what_has_no_counterpart(proto: Any, path: Path) -> None:
+    if proto.trainer_spec.model_type != BPE:
+        raise ExportError(
+            f"{path}: not a BPE model (type {proto.trainer_spec.model_type}). Other tools cannot be given it with "
+            "identical ids: train the vocabulary with `python -m data_prep vocabulary --type bpe`."
+        )
+    wanted = {"add_dummy_prefix": True, "remove_extra_whitespaces": True, "escape_whitespaces": True}
+    found = {name: getattr(proto.normalizer_spec, name) for name in wanted}
+    suffix = proto.trainer_spec.treat_whitespace_as_suffix
+    own = [piece.piece for piece in proto.pieces if piece.type == USER_DEFINED]
+    if found != wanted or suffix or own:
+        raise ExportError(
+            f"{path}: trained with {found}, treat_whitespace_as_suffix {suffix} and the user-defined symbols {own}; "
+            "this format holds SentencePiece's defaults. Train the vocabulary with `python -m data_prep vocabulary`."
+        )

@@ -42,23 +42,32 @@ def export(run: Path, *, formats: Sequence[str], step: int | None = None) -> dic
     record = root / "parity.json"
     figures = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
     for name in formats:
-        unproven, final = root / f".{name}", root / name
-        shutil.rmtree(unproven, ignore_errors=True)
-        unproven.mkdir(parents=True)
-        FORMATS[name].write(trained, unproven)
-        found = parity.compare(trained, unproven, FORMATS[name].reload, inputs)
+        found = _publish(trained, FORMATS[name], root / name, inputs)
+        figures[name] = {"step": trained.step, **found}
+        checkpoints.write_atomically(record, json.dumps(figures, indent=1))
+        log.info(
+            "%s: equal to step %d on %d images and %d texts of %s, max difference %.1e",
+            *(root / name, trained.step, found["images"], found["texts"], found["inputs"], found["max_abs"]),
+        )
+    return figures
+
+
+def _publish(trained: TrainedModel, format_: Format, final: Path, inputs: parity.Inputs) -> dict[str, Any]:
+    """Write, compare, and only then give the folder its name; what was there before stays until then."""
+    unproven = final.with_name(f".{final.name}")
+    shutil.rmtree(unproven, ignore_errors=True)
+    unproven.mkdir(parents=True)
+    try:
+        format_.write(trained, unproven)
+        found = parity.compare(trained, unproven, format_.reload, inputs)
         if not parity.is_equal(found):
-            shutil.rmtree(unproven)
             raise ExportError(
                 f"{final} was not written: embeddings differ by up to {found['max_abs']:.1e} (allowed: "
-                f"{parity.TOLERANCE:.0e}) and {found['differing_tokens']} token ids differ on {found['inputs']}."
+                f"{parity.TOLERANCE:.0e}) and {found['differing_tokens']} token ids differ on {found['inputs']}. The "
+                "libraries' versions may not fit each other: compare them with RUN/environment.json."
             )
         shutil.rmtree(final, ignore_errors=True)
         unproven.rename(final)
-        figures[name] = {"step": trained.step, **found}
-        log.info(
-            "%s: equal to step %d on %d images and %d texts of %s, max difference %.1e",
-            *(final, trained.step, found["images"], found["texts"], found["inputs"], found["max_abs"]),
-        )
-        checkpoints.write_atomically(record, json.dumps(figures, indent=1))
-    return figures
+    finally:
+        shutil.rmtree(unproven, ignore_errors=True)
+    return found

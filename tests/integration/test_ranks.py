@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -51,10 +52,12 @@ def test_a_run_may_go_on_with_another_number_of_ranks(runs, dataset):
     assert len(hashes[0]) == 8
 
 
-def test_fewer_processes_than_asked_for_are_refused(recipe, dataset, tmp_path, capfd):
+def test_fewer_processes_than_asked_for_are_refused(recipe, dataset, tmp_path):
     arguments = [str(recipe()), str(tmp_path / "run"), "--data", str(dataset)]
     assert train([*arguments, "train.processes=2"]) == 2
-    assert "train.processes = 2, but 1 are running" in capfd.readouterr().err
+    verdict = json.loads((tmp_path / "run" / "exit.json").read_text())
+    assert verdict["code"] == 2
+    assert "train.processes = 2, but 1 are running" in verdict["reason"]
 
 
 def test_a_launcher_that_starts_only_one_process_is_noticed(recipe, dataset, tmp_path):

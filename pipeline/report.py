@@ -1,0 +1,241 @@
+"""A run as one HTML page: curves, tables, pictures, and what the model cannot do. No network is needed to read it."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import jinja2
+import numpy as np
+import torch
+from matplotlib import pyplot as plt
+from PIL import Image
+from safetensors import safe_open
+
+from data_prep import manifest
+from data_prep.manifest import Dataset
+from data_prep.record import TRAIN, DataError
+from pipeline import checkpoint as checkpoints
+from pipeline import trained as loading
+from pipeline.evaluate import sets
+from pipeline.evaluate.embed import embed_images, embed_texts
+from pipeline.tracking import read_metrics
+
+log = logging.getLogger(__name__)
+
+TEMPLATE = Path(__file__).parent / "templates" / "report.html"
+EXAMPLES = 6
+BEST = 5
+THUMBNAIL = 96
+# Metric → how the page calls it, in the order of the table; a set is judged by the first that it has.
+HEADLINES = {
+    "acc1": "top-1 accuracy",
+    "acc5": "top-5 accuracy",
+    "mean_per_class_recall": "mean per-class recall",
+    "image_retrieval_recall@1": "text → image R@1",
+    "image_retrieval_recall@5": "text → image R@5",
+    "image_retrieval_recall@10": "text → image R@10",
+    "text_retrieval_recall@1": "image → text R@1",
+    "text_retrieval_recall@5": "image → text R@5",
+    "text_retrieval_recall@10": "image → text R@10",
+    "acc": "right caption chosen",
+}
+SKILLS = {
+    "acc1": "names the right class",
+    "image_retrieval_recall@1": "finds the image that a caption belongs to",
+    "acc": "prefers the right caption to the wrong ones",
+}
+# Buffers that open_clip's towers save beside their parameters.
+BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+def write_report(run: Path, data: Path | None) -> Path:
+    """Write RUN/report.html from what the run's stages left; `data` adds its counts and retrieval examples.
+
+    Raises:
+        DataError: there is no run there.
+    """
+    if not (run / "metrics.jsonl").is_file() or not (metrics := read_metrics(run)):
+        raise DataError(f"{run}: looked for metrics.jsonl and found no step in it. Train the run first.")
+    step, results = newest_results(run)
+    environment = json.loads((run / "environment.json").read_text(encoding="utf-8"))
+    parity = run / "export" / "parity.json"
+    dataset = manifest.read(data) if data else None
+    page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True).from_string(
+        TEMPLATE.read_text(encoding="utf-8")
+    )
+    html = page.render(
+        name=run.resolve().name,
+        facts=facts(run, metrics, environment),
+        counts=counts(dataset, environment) if dataset else None,
+        curves=curves(metrics),
+        step=step,
+        rows=[row for record in results for row in rows(record)],
+        classes=[(record["dataset"], weakest_first(record)) for record in results if record.get("classes")],
+        verdicts=verdicts(results),
+        examples=examples(run, dataset, step) if dataset else None,
+        parity=json.loads(parity.read_text(encoding="utf-8")) if parity.is_file() else {},
+        recipe=(run / "config.yaml").read_text(encoding="utf-8"),
+    )
+    checkpoints.write_atomically(run / "report.html", html)
+    log.info("%s", run / "report.html")
+    return run / "report.html"
+
+
+def newest_results(run: Path) -> tuple[int | None, list[dict[str, Any]]]:
+    """The latest step that was evaluated, and its results; None and none where there is none."""
+    files = sorted((run / "eval").glob("step-*/*.json"))
+    if not files:
+        return None, []
+    folder = files[-1].parent
+    results = [json.loads(file.read_text(encoding="utf-8")) for file in files if file.parent == folder]
+    return int(folder.name.removeprefix("step-")), results
+
+
+def facts(run: Path, metrics: Sequence[dict[str, Any]], environment: dict[str, Any]) -> list[tuple[str, str]]:
+    """The line of figures at the top."""
+    last = metrics[-1]
+    rates = [line["samples_per_s"] for line in metrics if line.get("samples_per_s")]
+    figures = [
+        ("step", f"{last['step']:,}"),
+        ("pairs seen", f"{last['samples_seen']:,}"),
+        ("train images", f"{environment['samples']:,}"),
+        ("training time", f"{last['wall_s']:,.0f} s"),
+        ("pairs / s", f"{np.median(rates):,.0f}" if rates else "–"),
+        ("processes", str(environment["world_size"])),
+        ("device", environment["devices"]),
+    ]
+    if steps := checkpoints.steps(run):
+        figures.insert(1, ("parameters", f"{parameters(run, steps[0]):,}"))
+    return figures
+
+
+def parameters(run: Path, step: int) -> int:
+    """How many numbers a checkpoint's model has learned, read from the weights' header."""
+    path = run / "checkpoints" / checkpoints.folder_name(step) / "model.safetensors"
+    with safe_open(str(path), "pt") as file:
+        shapes = [file.get_slice(name).get_shape() for name in file.keys() if not name.endswith(BUFFERS)]  # noqa: SIM118
+    return int(sum(np.prod(shape, dtype=np.int64) for shape in shapes))
+
+
+def counts(dataset: Dataset, environment: dict[str, Any]) -> dict[str, Any]:
+    """The dataset's splits, and what was read and dropped by source."""
+    known = dataset.manifest["counts"]
+    trained_on = TRAIN in dataset.manifest["splits"] and dataset.fingerprint(TRAIN) == environment["data_fingerprint"]
+    return {
+        "name": dataset.name,
+        "trained_on": trained_on,
+        "splits": dataset.manifest["splits"],
+        "read": {
+            source: (number, ", ".join(f"{found:,} {why}" for why, found in known["dropped"].get(source, {}).items()))
+            for source, number in known["read"].items()
+        },
+    }
+
+
+def curves(metrics: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
+    """Loss and temperature as pictures: each step pale, their running mean strong."""
+    steps = np.array([line["step"] for line in metrics])
+    pictures = []
+    for name, title in (("loss", "InfoNCE loss"), ("logit_scale", "logit scale (1 / temperature)")):
+        values = np.array([np.nan if line[name] is None else line[name] for line in metrics], dtype=float)
+        figure, axes = plt.subplots(figsize=(5.2, 2.9), layout="constrained")
+        axes.plot(steps, values, color="#b8c7e6", linewidth=0.8)
+        finite = np.isfinite(values)
+        width = max(1, finite.sum() // 40)
+        smooth = np.convolve(values[finite], np.ones(width) / width, mode="valid")
+        axes.plot(steps[finite][width // 2 :][: len(smooth)], smooth, color="#2b59c3", linewidth=1.8)
+        axes.set(xlabel="step", title=title)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=130)
+        plt.close(figure)
+        pictures.append({"title": title, "source": _embed(buffer.getvalue(), "png")})
+    return pictures
+
+
+def rows(record: dict[str, Any]) -> list[dict[str, str]]:
+    """The table's rows of one evaluation set."""
+    found: list[dict[str, str]] = []
+    for name, label in HEADLINES.items():
+        if name in record["metrics"]:
+            low, high = record["intervals"][name]
+            found.append(
+                {
+                    "set": record["dataset"] if not found else "",
+                    "images": f"{record['images']:,}" if not found else "",
+                    "metric": label,
+                    "value": f"{record['metrics'][name]:.3f}",
+                    "interval": f"{low:.3f} – {high:.3f}",
+                    "chance": f"{record['chance'][name]:.3f}",
+                }
+            )
+    return found
+
+
+def weakest_first(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """The classes that have images, by accuracy."""
+    return sorted((found for found in record["classes"] if found["images"]), key=lambda found: found["accuracy"])
+
+
+def verdicts(results: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, str]]]:
+    """above, chance, below → each set in a sentence, judged by whether its interval holds the chance level."""
+    found: dict[str, list[dict[str, str]]] = {"above": [], "chance": [], "below": []}
+    for record in results:
+        name = next(name for name in HEADLINES if name in record["metrics"])
+        low, high = record["intervals"][name]
+        value, chance = record["metrics"][name], record["chance"][name]
+        state = "above" if low > chance else "below" if high < chance else "chance"
+        words = f"{SKILLS[name]} in {value:.1%} of cases ({low:.1%} – {high:.1%}); guessing gives {chance:.1%}"
+        found[state].append({"set": record["dataset"], "words": words})
+    return found
+
+
+def examples(run: Path, dataset: Dataset, step: int | None) -> dict[str, Any] | None:
+    """Retrieval with pictures, both ways, on one retrieval set (a test set, where there is one)."""
+    sources = [source for source in dataset.evaluation_sets if source.kind == "retrieval"]
+    if not sources:
+        return None
+    source = max(sources, key=lambda source: (source.name.endswith("test"), source.name))
+    trained = loading.load(run, step if step in checkpoints.steps(run) else None)
+    items = [item for item in sets.read(source) if item.captions]
+    texts = list(dict.fromkeys(text for item in items for text in item.captions))
+    settings = trained.recipe.evaluate
+    image_ND = embed_images(trained, items, batch_size=settings.batch_size, workers=0)
+    text_MD = embed_texts(trained, texts, batch_size=settings.batch_size)
+    # Evenly spread over the set: neither the best nor the worst ones.
+    chosen = np.linspace(0, len(items) - 1, min(EXAMPLES, len(items))).astype(int).tolist()
+    to_images, to_texts = [], []
+    for index in chosen:
+        caption = items[index].captions[0]
+        nearest = torch.topk(image_ND @ text_MD[texts.index(caption)], min(BEST, len(items))).indices.tolist()
+        shown = [
+            {"source": _thumbnail(items[near].open()), "right": caption in items[near].captions} for near in nearest
+        ]
+        to_images.append({"text": caption, "images": shown})
+        nearest = torch.topk(text_MD @ image_ND[index], min(BEST, len(texts))).indices.tolist()
+        said = [{"text": texts[near], "right": texts[near] in items[index].captions} for near in nearest]
+        to_texts.append({"source": _thumbnail(items[index].open()), "texts": said})
+    return {"set": source.name, "images": len(items), "to_images": to_images, "to_texts": to_texts}
+
+
+def _thumbnail(image: Image.Image) -> str:
+    scale = THUMBNAIL / max(image.size)
+    small = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
+    buffer = io.BytesIO()
+    small.save(buffer, "JPEG", quality=85)
+    return _embed(buffer.getvalue(), "jpeg")
+
+
+def _embed(data: bytes, kind: str) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"

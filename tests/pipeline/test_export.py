@@ -1,0 +1,164 @@
+"""What is exported is what was trained, said by the other library; what is not, is not published."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import sentencepiece
+import torch
+
+from pipeline import checkpoint as checkpoints
+from pipeline import config, model
+from pipeline.checkpoint import Checkpoint
+from pipeline.export import open_clip as writer
+from pipeline.export import parity
+from pipeline.export import run as exporting
+from pipeline.export.huggingface_tokenizer import ExportError
+from pipeline.tokenizer import SentencePieceTokenizer, TokenizerError, load
+
+WORDS = ["red", "green", "Blue", "stern", "circle", "star", "straße", "naïve", "42", "left-of", "don't", "x₂"]
+VIT = {"image_size": 16, "patch_size": 8, "width": 32, "layers": 1, "head_width": 16}
+TIMM = {"timm_model_name": "test_convnext", "image_size": 32, "timm_pool": "avg", "timm_proj": "linear"}
+TEXT = {"context_length": 12, "width": 16, "heads": 2, "layers": 1}
+EOS_POOL = {"vocab_size": 120, "pool_type": "eos", "eos_id": 3, "pad_id": 0}
+
+
+def train_vocabulary(path, kind="bpe"):
+    texts = [f"{a} {b} {c}" for a in WORDS for b in WORDS for c in WORDS[:4]]
+    with path.open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts),
+            model_writer=file,
+            vocab_size=120 if kind == "bpe" else 60,
+            model_type=kind,
+            normalization_rule_name="nmt_nfkc_cf",
+            character_coverage=1.0,
+            pad_id=0,
+            unk_id=1,
+            bos_id=2,
+            eos_id=3,
+            minloglevel=2,
+            hard_vocab_limit=False,
+        )
+    return path
+
+
+def make_run(run, vision, text, kind, vocabulary=None):
+    """A run folder with one checkpoint of random weights."""
+    recipe = config.parse(
+        {
+            "model": {"config": {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}},
+            "tokenizer": {"kind": kind},
+            "train": {"steps": 1, "batch_size": 2},
+        },
+        "test",
+    )
+    (run / "tokenizer").mkdir(parents=True)
+    if vocabulary:
+        (run / "tokenizer" / "sentencepiece.model").write_bytes(vocabulary.read_bytes())
+    checkpoints.write_atomically(run / "config.yaml", recipe.to_yaml())
+    torch.manual_seed(1)
+    towers = model.build(model.model_cfg("", recipe.model.config))
+    checkpoints.save(run, Checkpoint(1, towers.state_dict(), {}, {}), keep=2)
+    return run
+
+
+@pytest.fixture(scope="module")
+def vocabulary(tmp_path_factory):
+    return train_vocabulary(tmp_path_factory.mktemp("vocabulary") / "bpe.model")
+
+
+@pytest.mark.parametrize("vision", [VIT, TIMM], ids=["vit", "timm"])
+def test_a_sentencepiece_model_is_the_same_in_open_clip(tmp_path, vocabulary, vision):
+    run = make_run(tmp_path / "run", vision, {**TEXT, **EOS_POOL}, "sentencepiece", vocabulary)
+    found = exporting.export(run, formats=["open_clip"])["open_clip"]
+    assert found["max_abs"] <= 1e-5
+    assert found["differing_tokens"] == 0
+    assert json.loads((run / "export" / "parity.json").read_text())["open_clip"] == found
+
+
+def test_a_bpe_model_is_the_same_in_open_clip(tmp_path):
+    run = make_run(tmp_path / "run", VIT, TEXT, "open_clip")
+    found = exporting.export(run, formats=["open_clip"])["open_clip"]
+    assert found["max_abs"] <= 1e-5
+    assert found["differing_tokens"] == 0
+
+
+def test_what_differs_is_not_published(tmp_path, vocabulary, monkeypatch):
+    """One weight changed on the way out: a hundredth in one number of the text tower."""
+    run = make_run(tmp_path / "run", VIT, {**TEXT, **EOS_POOL}, "sentencepiece", vocabulary)
+
+    def write(trained, folder):
+        before = trained.towers.text_projection.detach().clone()
+        trained.towers.text_projection.data[0, 0] += 0.01
+        writer.write(trained, folder)
+        trained.towers.text_projection.data.copy_(before)
+
+    monkeypatch.setitem(exporting.FORMATS, "open_clip", exporting.FORMATS["open_clip"]._replace(write=write))
+    with pytest.raises(ExportError, match="was not written"):
+        exporting.export(run, formats=["open_clip"])
+    assert sorted(path.name for path in (run / "export").iterdir()) == []
+
+
+def test_a_difference_that_is_not_a_number_is_not_equal():
+    assert not parity.is_equal({"max_abs": float("nan"), "differing_tokens": 0})
+    assert not parity.is_equal({"max_abs": 0.0, "differing_tokens": 1})
+    assert parity.is_equal({"max_abs": 1e-6, "differing_tokens": 0})
+
+
+def test_ids_are_identical_on_odd_texts(tmp_path, vocabulary):
+    """The fast tokenizer against SentencePiece itself, on texts of every kind."""
+    from hypothesis import given, settings
+    from hypothesis import strategies as st
+    from open_clip.tokenizer import HFTokenizer
+
+    from pipeline.export import huggingface_tokenizer
+
+    ours = SentencePieceTokenizer(vocabulary, 12)
+    huggingface_tokenizer.write(ours, tmp_path)
+    theirs = HFTokenizer(str(tmp_path), context_length=12)
+
+    @settings(max_examples=400, deadline=None)
+    @given(st.one_of(st.text(max_size=40), st.lists(st.sampled_from([*WORDS, "  ", "<s>", "\n"])).map(" ".join)))
+    def compare(text):
+        assert ours([text]).tolist() == theirs([text]).tolist()
+
+    compare()
+
+
+def test_unigram_vocabularies_are_refused(tmp_path):
+    run = make_run(
+        tmp_path / "run",
+        VIT,
+        {**TEXT, **EOS_POOL},
+        "sentencepiece",
+        train_vocabulary(tmp_path / "unigram.model", "unigram"),
+    )
+    with pytest.raises(ExportError, match="not a BPE model"):
+        exporting.export(run, formats=["open_clip"])
+
+
+def test_unknown_formats_and_missing_runs_are_named(tmp_path):
+    with pytest.raises(ExportError, match="'onxx' is not known; there is open_clip"):
+        exporting.export(tmp_path, formats=["onxx"])
+    with pytest.raises(checkpoints.CheckpointError, match="there is none"):
+        exporting.export(tmp_path, formats=["open_clip"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pool_type": "argmax"}, "pool_type"),
+        ({"eos_id": 2}, "eos_id: 3"),
+        ({"vocab_size": 50}, "pieces, the text tower 50 embeddings"),
+    ],
+)
+def test_a_tower_that_would_pool_the_wrong_token_is_refused(vocabulary, changes, message):
+    with pytest.raises(TokenizerError, match=message):
+        load("sentencepiece", vocabulary, {**TEXT, **EOS_POOL, **changes})
+
+
+def test_a_missing_vocabulary_says_how_to_make_one(tmp_path):
+    with pytest.raises(TokenizerError, match="data_prep vocabulary"):
+        load("sentencepiece", tmp_path / "none.model", {**TEXT, **EOS_POOL})
