@@ -47,14 +47,19 @@ SIDE = 64
 SUPERSAMPLING = 2
 MARGIN = 2
 RADII = {"small": (10.0, 12.5), "large": (15.0, 19.0)}
-COUNTS = {1: 0.45, 2: 0.3, 3: 0.15, 4: 0.1}
+COUNTS = {1: 0.15, 2: 0.35, 3: 0.3, 4: 0.2}
+# How often several things are of one pair.
+TWINS = 0.2
+# How often a thing's partner is one that brings a held-out pair's other half into the picture. Without it a color is
+# seen less often beside the shapes that it never has, and a contrastive model learns just that.
+BALANCE = 0.5
 # Places tried for a thing before the whole scene is begun anew.
 PLACEMENTS = 30
 
 CAPTIONS = 5
 # What captions tell, and how often: scenes of several things, and of one.
-KINDS = {"list": 0.4, "relation": 0.15, "focus": 0.25, "shapes": 0.12, "colors": 0.08}
-KINDS_OF_ONE = {"list": 0.45, "focus": 0.25, "shapes": 0.2, "colors": 0.1}
+KINDS = {"list": 0.4, "relation": 0.1, "focus": 0.3, "shapes": 0.1, "colors": 0.1}
+KINDS_OF_ONE = {"list": 0.5, "focus": 0.3, "shapes": 0.1, "colors": 0.1}
 
 ANNOTATORS = 10
 # How often an annotator gives another answer than the scene's.
@@ -94,12 +99,16 @@ class Scene:
 def draw_scene(random: Random, pairs: Sequence[Pair], count: int | None = None, distinct: bool = False) -> Scene:
     """A scene of 1 to 4 things of these pairs; in `distinct` ones no colour and no shape occurs twice."""
     count = count or _pick(random, COUNTS)
-    chosen: list[Pair] = []
-    twins = int(random.integers(2, count + 1)) if count > 1 and not distinct and random.random() < 0.35 else 1
-    for number in range(count):
+    twins = int(random.integers(2, count + 1)) if count > 1 and not distinct and random.random() < TWINS else 1
+    chosen = [pairs[int(random.integers(len(pairs)))]] * twins
+    while len(chosen) < count:
         taken = {word for pair in chosen for word in pair} if distinct else set()
         allowed = [pair for pair in pairs if not taken & set(pair)]
-        chosen.append(chosen[0] if 0 < number < twins else allowed[int(random.integers(len(allowed)))])
+        if not distinct and random.random() < BALANCE:
+            color, shape = chosen[int(random.integers(len(chosen)))]
+            absent = [pair for pair in allowed if (color, pair[1]) not in pairs or (pair[0], shape) not in pairs]
+            allowed = absent or allowed
+        chosen.append(allowed[int(random.integers(len(allowed)))])
     while True:
         things = _arrange(random, chosen)
         if things:
@@ -203,10 +212,9 @@ def _caption(scene: Scene, random: Random) -> str:
 
 def _framed(words: str, scene: Scene, random: Random) -> str:
     """The words alone, or in a longer phrase."""
-    verb = "is" if words.startswith(("a ", "an ")) and " and " not in words else "are"
-    forms = ("{words}", "{words}", "there {verb} {words}", "a picture of {words}", "{words} on a {background} background")
-    form = forms[int(random.integers(len(forms)))]
-    return form.format(words=words, verb=verb, background=scene.background)
+    verb = "is" if words.startswith(("a ", "an ")) else "are"
+    forms = ("{}", "{}", f"there {verb} {{}}", "a picture of {}", f"{{}} on a {scene.background} background")
+    return forms[int(random.integers(len(forms)))].format(words)
 
 
 def _listed(names: Sequence[str], random: Random) -> str:

@@ -32,7 +32,7 @@ TEXTS = 128
 # Beside real captions: what tokenizers trip over.
 ODD_TEXTS = (
     *("", "  two  spaces ", "ÜMLAUTS and ½", "a &amp; b", "日本語 😀"),
-    *("<s> </s> <pad>", "tab\tand\nnewline", "long " * 90),
+    *("<s> </s> <pad>", "tab\tand\nnewline", "long " * 90, "A\u0332B e\u0301 1\ufe0f\u20e3"),
 )
 
 

@@ -24,13 +24,13 @@ TEXT = {"context_length": 12, "width": 16, "heads": 2, "layers": 1}
 EOS_POOL = {"vocab_size": 120, "pool_type": "eos", "eos_id": 3, "pad_id": 0}
 
 
-def train_vocabulary(path, kind="bpe"):
+def train_vocabulary(path, kind="bpe", size=120, **options):
     texts = [f"{a} {b} {c}" for a in WORDS for b in WORDS for c in WORDS[:4]]
     with path.open("wb") as file:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(texts),
             model_writer=file,
-            vocab_size=120 if kind == "bpe" else 60,
+            vocab_size=size,
             model_type=kind,
             normalization_rule_name="nmt_nfkc_cf",
             character_coverage=1.0,
@@ -40,6 +40,7 @@ def train_vocabulary(path, kind="bpe"):
             eos_id=3,
             minloglevel=2,
             hard_vocab_limit=False,
+            **options,
         )
     return path
 
@@ -69,16 +70,15 @@ def vocabulary(tmp_path_factory):
     return train_vocabulary(tmp_path_factory.mktemp("vocabulary") / "bpe.model")
 
 
-@pytest.mark.parametrize("vision", [VIT, TIMM], ids=["vit", "timm"])
-def test_a_sentencepiece_model_is_the_same_in_open_clip(tmp_path, vocabulary, vision):
-    run = make_run(tmp_path / "run", vision, {**TEXT, **EOS_POOL}, "sentencepiece", vocabulary)
+def test_a_sentencepiece_model_with_a_timm_tower_is_the_same_in_open_clip(tmp_path, vocabulary):
+    run = make_run(tmp_path / "run", TIMM, {**TEXT, **EOS_POOL}, "sentencepiece", vocabulary)
     found = exporting.export(run, formats=["open_clip"])["open_clip"]
     assert found["max_abs"] <= 1e-5
     assert found["differing_tokens"] == 0
     assert json.loads((run / "export" / "parity.json").read_text())["open_clip"] == found
 
 
-def test_a_bpe_model_is_the_same_in_open_clip(tmp_path):
+def test_a_bpe_model_with_a_vit_is_the_same_in_open_clip(tmp_path):
     run = make_run(tmp_path / "run", VIT, TEXT, "open_clip")
     found = exporting.export(run, formats=["open_clip"])["open_clip"]
     assert found["max_abs"] <= 1e-5
@@ -86,8 +86,10 @@ def test_a_bpe_model_is_the_same_in_open_clip(tmp_path):
 
 
 def test_what_differs_is_not_published(tmp_path, vocabulary, monkeypatch):
-    """One weight changed on the way out: a hundredth in one number of the text tower."""
+    """One weight changed on the way out: a hundredth in one number of the text tower. The former export stays."""
     run = make_run(tmp_path / "run", VIT, {**TEXT, **EOS_POOL}, "sentencepiece", vocabulary)
+    former = run / "export" / "open_clip" / "former"
+    former.mkdir(parents=True)
 
     def write(trained, folder):
         before = trained.towers.text_projection.detach().clone()
@@ -98,7 +100,10 @@ def test_what_differs_is_not_published(tmp_path, vocabulary, monkeypatch):
     monkeypatch.setitem(exporting.FORMATS, "open_clip", exporting.FORMATS["open_clip"]._replace(write=write))
     with pytest.raises(ExportError, match="was not written"):
         exporting.export(run, formats=["open_clip"])
-    assert sorted(path.name for path in (run / "export").iterdir()) == []
+    assert [path.relative_to(run).as_posix() for path in sorted((run / "export").rglob("*"))] == [
+        "export/open_clip",
+        "export/open_clip/former",
+    ]
 
 
 def test_a_difference_that_is_not_a_number_is_not_equal():
@@ -107,8 +112,41 @@ def test_a_difference_that_is_not_a_number_is_not_equal():
     assert parity.is_equal({"max_abs": 1e-6, "differing_tokens": 0})
 
 
+ODD = [
+    *("", " ", "  red   star  ", "\t\nred\r\nstar", "\x00\x07\x1bred\x7f", "long red star " * 40, "a" * 300),
+    *("red &amp; green", "&lt;s&gt; &#39;red&#39;", "<s>", "</s> red <unk><pad>", "▁red▁▁star ▁", "red ▁"),
+    *("STRASSE straße", "naı̈ve NAÏVE", "e\u0301", "A\u0332B", "A\u200dred", "½́ red", "ﬁ Ａｂ ①", "İıſ"),
+    *(
+        "日本語 한국어",
+        "👩\u200d👩\u200d👧 ©\ufe0f 1\ufe0f\u20e3",
+        "\u200d\u200bred",
+        "\u0301red",
+        "\u2028\u3000\u00a0red\ufeff",
+    ),
+]
+# What normalisers trip over, beside what the vocabulary has.
+PARTS = [
+    *WORDS,
+    *"aeRS ▁.,&;<",
+    "  ",
+    "<s>",
+    "\n",
+    "\u0301",
+    "\u0332",
+    "\u200d",
+    "\u200b",
+    "É",
+    "½",
+    "ﬁ",
+    "Ａ",
+    "ß",
+    "日",
+    "😀",
+]
+
+
 def test_ids_are_identical_on_odd_texts(tmp_path, vocabulary):
-    """The fast tokenizer against SentencePiece itself, on texts of every kind."""
+    """The fast tokenizer against SentencePiece itself: bos, pieces, eos, padding and what is cut off."""
     from hypothesis import given, settings
     from hypothesis import strategies as st
     from open_clip.tokenizer import HFTokenizer
@@ -118,13 +156,52 @@ def test_ids_are_identical_on_odd_texts(tmp_path, vocabulary):
     ours = SentencePieceTokenizer(vocabulary, 12)
     huggingface_tokenizer.write(ours, tmp_path)
     theirs = HFTokenizer(str(tmp_path), context_length=12)
+    assert ours(ODD).tolist() == theirs(ODD).tolist()
 
     @settings(max_examples=400, deadline=None)
-    @given(st.one_of(st.text(max_size=40), st.lists(st.sampled_from([*WORDS, "  ", "<s>", "\n"])).map(" ".join)))
+    @given(st.one_of(st.lists(st.sampled_from(PARTS)).map("".join), st.lists(st.sampled_from(WORDS)).map(" ".join)))
     def compare(text):
         assert ours([text]).tolist() == theirs([text]).tolist()
 
     compare()
+
+    @settings(max_examples=200, deadline=None)
+    @given(st.text(st.characters(codec="utf-8", max_codepoint=0x2FF), max_size=40))
+    def compare_latin(text):
+        assert ours([text]).tolist() == theirs([text]).tolist()
+
+    compare_latin()
+
+
+def test_byte_fallback_comes_along(tmp_path):
+    """What the vocabulary lacks is spelled in bytes, not unknown."""
+    from open_clip.tokenizer import HFTokenizer
+
+    from pipeline.export import huggingface_tokenizer
+
+    ours = SentencePieceTokenizer(train_vocabulary(tmp_path / "bytes.model", size=380, byte_fallback=True), 24)
+    huggingface_tokenizer.write(ours, tmp_path)
+    texts = ["日 red 😀", *ODD]
+    assert ours(texts).tolist() == HFTokenizer(str(tmp_path), context_length=24)(texts).tolist()
+    assert 1 not in ours(["日 red 😀"])
+
+
+def test_options_without_a_counterpart_are_refused(tmp_path):
+    from pipeline.export import huggingface_tokenizer
+
+    for number, options in enumerate([{"user_defined_symbols": ["<sep>"]}, {"add_dummy_prefix": False}]):
+        path = train_vocabulary(tmp_path / f"{number}.model", **options)
+        with pytest.raises(ExportError, match="holds SentencePiece's defaults"):
+            huggingface_tokenizer.write(SentencePieceTokenizer(path, 12), tmp_path)
+
+
+def test_real_inputs_come_from_the_data_and_else_are_generated(dataset, tmp_path):
+    found = parity.real_inputs(dataset)
+    assert found.origin == "train/00000.tar"  # this dataset has no evaluation set
+    assert len(found.images) == 16
+    assert found.texts[0].startswith(("picture number", "noise"))
+    assert set(parity.ODD_TEXTS) <= set(found.texts)
+    assert parity.real_inputs(tmp_path / "gone").origin == "generated"
 
 
 def test_unigram_vocabularies_are_refused(tmp_path):
@@ -133,7 +210,7 @@ def test_unigram_vocabularies_are_refused(tmp_path):
         VIT,
         {**TEXT, **EOS_POOL},
         "sentencepiece",
-        train_vocabulary(tmp_path / "unigram.model", "unigram"),
+        train_vocabulary(tmp_path / "unigram.model", "unigram", size=60),
     )
     with pytest.raises(ExportError, match="not a BPE model"):
         exporting.export(run, formats=["open_clip"])

@@ -124,7 +124,7 @@ def test_equals_clip_benchmark(images, seed, block):
 
 
 def test_an_interval_draws_images_and_not_captions():
-    """All captions of an image stand or fall together here, so the interval is that of ten images, not fifty captions."""
+    """All captions of an image stand or fall together here, so the interval is that of ten images, not of 50 texts."""
     owners = torch.arange(10).repeat_interleave(5)
     axes = torch.eye(10)
     towards = torch.where(owners < 5, owners, (owners + 1) % 10)
