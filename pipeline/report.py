@@ -135,10 +135,15 @@ def counts(dataset: Dataset, environment: dict[str, Any]) -> dict[str, Any]:
         "name": dataset.name,
         "trained_on": trained_on,
         "splits": dataset.manifest["splits"],
-        "read": {
-            source: (number, ", ".join(f"{found:,} {why}" for why, found in known["dropped"].get(source, {}).items()))
-            for source, number in known["read"].items()
-        },
+        # An image of two sources is dropped under both names, so there are names here that nothing was read from.
+        "sources": [
+            {
+                "name": name,
+                "read": known["read"].get(name),
+                "dropped": ", ".join(f"{found:,} {why}" for why, found in known["dropped"].get(name, {}).items()),
+            }
+            for name in sorted(known["read"].keys() | known["dropped"].keys())
+        ],
     }
 
 

@@ -46,20 +46,20 @@ SEEN = tuple(pair for pair in PAIRS if pair not in UNSEEN_VAL + UNSEEN_TEST)
 SIDE = 64
 SUPERSAMPLING = 2
 MARGIN = 2
-RADII = {"small": (10.0, 12.5), "large": (15.0, 19.0)}
-COUNTS = {1: 0.15, 2: 0.35, 3: 0.3, 4: 0.2}
+RADII = {"small": (10.5, 13.0), "large": (16.0, 20.0)}
+COUNTS = {1: 0.2, 2: 0.4, 3: 0.25, 4: 0.15}
 # How often several things are of one pair.
-TWINS = 0.2
+TWINS = 0.1
 # How often a thing's partner is one that brings a held-out pair's other half into the picture. Without it a color is
 # seen less often beside the shapes that it never has, and a contrastive model learns just that.
-BALANCE = 0.5
+BALANCE = 0.9
 # Places tried for a thing before the whole scene is begun anew.
 PLACEMENTS = 30
 
 CAPTIONS = 5
 # What captions tell, and how often: scenes of several things, and of one.
-KINDS = {"list": 0.4, "relation": 0.1, "focus": 0.3, "shapes": 0.1, "colors": 0.1}
-KINDS_OF_ONE = {"list": 0.5, "focus": 0.3, "shapes": 0.1, "colors": 0.1}
+KINDS = {"list": 0.45, "relation": 0.1, "focus": 0.2, "shapes": 0.2, "colors": 0.05}
+KINDS_OF_ONE = {"list": 0.5, "focus": 0.25, "shapes": 0.2, "colors": 0.05}
 
 ANNOTATORS = 10
 # How often an annotator gives another answer than the scene's.

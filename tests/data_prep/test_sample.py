@@ -102,7 +102,7 @@ def test_classification_sets_hold_their_pairs_and_all_names(root, name, pairs):
 def test_colors_meet_the_shapes_they_never_have_as_often_as_chance():
     """Else `red` would speak against `star` merely because no red star was drawn."""
     random = np.random.default_rng(2)
-    seen_together, colors, shapes, scenes_drawn = Counter(), Counter(), Counter(), 4000
+    seen_together, colors, shapes, scenes_drawn = Counter(), Counter(), Counter(), 2000
     for _ in range(scenes_drawn):
         things = scenes.draw_scene(random, SEEN).things
         present_colors, present_shapes = {thing.color for thing in things}, {thing.shape for thing in things}

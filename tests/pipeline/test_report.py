@@ -91,7 +91,11 @@ def evaluated(tmp_path_factory):
     for name, kind in KINDS.items():
         write_set(data / "eval" / name, kind)
     totals = {"shards": 2, "samples": IMAGES, "captions": 2 * IMAGES, "bytes": 1}
-    counts = {"read": {"mine": 123}, "kept": {"mine": 120}, "dropped": {"mine": {"held_out_id": 3}}}
+    counts = {
+        "read": {"mine": 123},
+        "kept": {"mine": 120},
+        "dropped": {"mine": {"held_out_id": 3}, "mine+yours": {"corrupt": 4}},
+    }
     splits = {name: {"kind": kind, **totals} for name, kind in KINDS.items()}
     manifest.write(data, {"name": "small", "splits": splits, "counts": counts}, [], [])
     parameters = write_run(root / "run")
@@ -164,7 +168,14 @@ def test_damage_is_named(tmp_path):
     [
         *("Training", "Results on held-out data", "What the model can do, and what it cannot", "Retrieval examples"),
         *("Text → images", "Image → texts", "Exports", "Recipe", "Checkpoint of step 60", "1.5e-07"),
-        *("123", "3 held_out_id", "the run was trained on other data", "95 % interval", "mean per-class recall"),
+        *(
+            "123",
+            "3 held_out_id",
+            "4 corrupt",
+            "the run was trained on other data",
+            "95 % interval",
+            "mean per-class recall",
+        ),
     ],
 )
 def test_the_page_has(page, text):
