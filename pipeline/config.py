@@ -53,6 +53,7 @@ class DataConfig(Component):
     crop_scale: tuple[Fraction, Fraction] = Field(
         (0.9, 1.0), description="range of the area that a random crop keeps, before it is resized"
     )
+    grayscale: Annotated[float, Field(ge=0, le=1)] = Field(0.0, description="share of crops that lose their colours")
     interpolation: Literal["bicubic", "bilinear"] = Field("bicubic", description="resize filter of the crops")
     lanes: PositiveInt = Field(1, description="C: equal stretches of the data that are read side by side")
     window: PositiveInt = Field(1 << 22, description="samples that are shuffled among each other within a lane")

@@ -120,7 +120,11 @@ def train(recipe: Recipe, run: Path) -> str:
             plan,
             store,
             Augmentation(
-                model.image_size(towers), recipe.data.crop_scale, recipe.data.interpolation, recipe.data.fields
+                size=model.image_size(towers),
+                crop_scale=recipe.data.crop_scale,
+                interpolation=recipe.data.interpolation,
+                grayscale=recipe.data.grayscale,
+                fields=recipe.data.fields,
             ),
             tokenize,
             rank,

@@ -47,7 +47,7 @@ SIDE = 64
 SUPERSAMPLING = 2
 MARGIN = 2
 RADII = {"small": (10.5, 13.0), "large": (16.0, 20.0)}
-COUNTS = {1: 0.2, 2: 0.4, 3: 0.25, 4: 0.15}
+COUNTS = {1: 0.15, 2: 0.45, 3: 0.25, 4: 0.15}
 # How often several things are of one pair.
 TWINS = 0.1
 # How often a thing's partner is one that brings a held-out pair's other half into the picture. Without it a color is
@@ -58,8 +58,8 @@ PLACEMENTS = 30
 
 CAPTIONS = 5
 # What captions tell, and how often: scenes of several things, and of one.
-KINDS = {"list": 0.45, "relation": 0.1, "focus": 0.2, "shapes": 0.2, "colors": 0.05}
-KINDS_OF_ONE = {"list": 0.5, "focus": 0.25, "shapes": 0.2, "colors": 0.05}
+KINDS = {"list": 0.4, "relation": 0.1, "focus": 0.15, "shapes": 0.3, "colors": 0.05}
+KINDS_OF_ONE = {"list": 0.65, "focus": 0.35}
 
 ANNOTATORS = 10
 # How often an annotator gives another answer than the scene's.

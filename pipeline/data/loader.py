@@ -52,6 +52,7 @@ class Augmentation:
     size: tuple[int, int]
     crop_scale: tuple[float, float]
     interpolation: str
+    grayscale: float
     fields: Mapping[str, float]
 
 
@@ -90,8 +91,9 @@ class RankBatches(Dataset[Batch]):
                     self.augmentation.size,
                     self.augmentation.crop_scale,
                     self.augmentation.interpolation,
-                    uniforms[2:],
+                    uniforms[3:],
                 )
+                image_CSS = transforms.maybe_grayscale(image_CSS, self.augmentation.grayscale, uniforms[2])
             except transforms.BadSample as error:
                 substitute = self.plan.substitute(planned, attempt)
                 name = self.store.shards[shard].name

@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision.io import ImageReadMode, decode_image
+from torchvision.transforms.v2.functional import rgb_to_grayscale
 
 CROP_TRIES = 10
-# Random numbers that a sample may use: field, text, then four a crop try.
-UNIFORMS = 2 + 4 * CROP_TRIES
+# Random numbers that a sample may use: field, text, grayscale, then four a crop try.
+UNIFORMS = 3 + 4 * CROP_TRIES
 
 
 class BadSample(ValueError):  # noqa: N818 (it describes a sample, not a failure of ours)
@@ -59,6 +60,11 @@ def random_crop(
     top, left, crop_height, crop_width = crop_box(height, width, scale, uniforms)
     crop_CHW = image_CHW[:, top : top + crop_height, left : left + crop_width]
     return interpolate(crop_CHW[None], size=size, mode=interpolation, antialias=True)[0]
+
+
+def maybe_grayscale(image_CSS: Tensor, share: float, uniform: float) -> Tensor:
+    """The image, or where `uniform` is below `share` its luma in all three channels (ITU-R BT.601)."""
+    return rgb_to_grayscale(image_CSS, num_output_channels=3) if uniform < share else image_CSS
 
 
 def crop_box(

@@ -69,6 +69,14 @@ def test_a_whole_crop_is_a_plain_resize():
     assert torch.equal(whole, expected)
 
 
+def test_grayscale_keeps_the_luma_of_its_share():
+    image = decode(encoded())
+    expected = np.asarray(Image.open(io.BytesIO(encoded())).convert("L"), dtype=int)
+    grey = transforms.maybe_grayscale(image, 0.3, 0.29)
+    assert all((channel.int().numpy() - expected).__abs__().max() <= 1 for channel in grey)
+    assert torch.equal(transforms.maybe_grayscale(image, 0.3, 0.3), image)
+
+
 def test_text_is_drawn_by_field_weight_and_evenly_within():
     parts = {"json": json.dumps({"captions": ["a", "b"], "statements": ["c"], "questions": []}).encode()}
     drawn = [choose_text(parts, {"captions": 3.0, "statements": 1.0}, sample_uniforms(0, 0, i, 2)) for i in range(4000)]
