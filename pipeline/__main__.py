@@ -52,7 +52,7 @@ def train(
     """
     from pipeline import config
 
-    words = [*(settings or []), *([f"data.path={data}"] if data else [])]
+    words = [*([f"data.path={data}"] if data else []), *(settings or [])]
     with _outcome_recorded(run):
         loaded = config.load(recipe, words)
         from pipeline.train import train as run_training
