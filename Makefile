@@ -23,6 +23,7 @@ setup: $(STAMP) ## create .venv and install (every target does this by itself)
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed, found " + sys.version.split()[0] + ". Choose one with PYTHON=…")'
+	@echo 'installing into $(VENV), which takes some minutes …'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[export,dev]'
 	@touch $@
