@@ -48,8 +48,9 @@ COUNTS = {1: 0.35, 2: 0.35, 3: 0.2, 4: 0.1}
 # How often several things are of one pair.
 TWINS = 0.1
 # How often a thing's partner is one that brings a held-out pair's other half into the picture. Without it a color is
-# seen less often beside the shapes that it never has, and a contrastive model learns just that.
-BALANCE = 0.9
+# seen less often beside the shape that it never has, and a contrastive model learns just that; with much more of it,
+# color alone would point to the held-out pair. At this share a held-out pair's halves meet as often as a seen pair's.
+BALANCE = 0.45
 # Places tried for a thing before the whole scene is begun anew.
 PLACEMENTS = 30
 
@@ -121,17 +122,22 @@ def _pick(random: Random, shares: Mapping[Choice, float]) -> Choice:
 
 def _arrange(random: Random, pairs: Sequence[Pair]) -> tuple[Thing, ...]:
     """A thing of each pair, none touching another; empty if the first ones left no room for the rest."""
-    things: list[Thing] = []
-    for pair in pairs:
-        size = "large" if random.random() < (0.5 if len(pairs) < 3 else 0.25) else "small"
-        radius = float(random.uniform(*RADII[size]))
-        for x, y in random.uniform(radius + MARGIN, SIDE - radius - MARGIN, (PLACEMENTS, 2)).tolist():
-            if all(math.hypot(x - other.x, y - other.y) > radius + other.radius + MARGIN for other in things):
-                things.append(Thing(*pair, size, x, y, radius))
-                break
-        else:
+    # More than two have room only where all are small.
+    sizes = ["large" if len(pairs) <= 2 and random.random() < 0.5 else "small" for _ in pairs]
+    radii = [random.uniform(*RADII[size]) for size in sizes]
+    things: dict[int, Thing] = {}
+    for index in sorted(range(len(pairs)), key=lambda index: -radii[index]):
+        radius = radii[index]
+        places = random.uniform(radius + MARGIN, SIDE - radius - MARGIN, (PLACEMENTS, 2))
+        free = np.ones(PLACEMENTS, dtype=bool)
+        for other in things.values():
+            away = (places[:, 0] - other.x) ** 2 + (places[:, 1] - other.y) ** 2
+            free &= away > (radius + other.radius + MARGIN) ** 2
+        if not free.any():
             return ()
-    return tuple(things)
+        x, y = places[int(free.argmax())].tolist()
+        things[index] = Thing(*pairs[index], sizes[index], x, y, radius)
+    return tuple(things[index] for index in range(len(pairs)))
 
 
 def render(scene: Scene, random: Random) -> bytes:
