@@ -120,4 +120,5 @@ def test_a_killed_loader_process_ends_the_run(command):
     (worker,) = psutil.Process(process.pid).children()
     worker.kill()
     assert finish(process) == 1
-    assert "DataLoader worker" in json.loads((run / "exit.json").read_text())["reason"]
+    verdict = json.loads((run / "exit.json").read_text())
+    assert (verdict["status"], verdict["code"]) == ("failed", 1)
