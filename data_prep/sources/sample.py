@@ -25,11 +25,12 @@ from data_prep.record import DataError
 from data_prep.sources import sample_scenes as scenes
 from data_prep.sources.sample_scenes import PAIRS, SEEN, UNSEEN_TEST, UNSEEN_VAL, Pair, Scene
 
-VERSION = 1
+VERSION = 2
 MARKER = "sample.json"
 CHUNK = 250
 
-TEMPLATES = ("a {c}", "one {c}", "there is a {c}", "a picture of a {c}")
+# No article: it would have to fit both "red star" and "orange star".
+TEMPLATES = ("one {c}", "there is one {c}", "a picture of one {c}")
 
 # Ids as large as the real ones, and apart: COCO's integers, and two stretches of Flickr photo ids.
 COCO_TRAIN, COCO_VAL, FLICKR_OF_COCO, FLICKR = 100_000, 500_000, 6_000_000_000, 1_000_000_000

@@ -43,7 +43,7 @@ SEEN = tuple(pair for pair in PAIRS if pair not in UNSEEN_VAL + UNSEEN_TEST)
 SIDE = 64
 SUPERSAMPLING = 2
 MARGIN = 2
-RADII = {"small": (10.5, 13.0), "large": (16.0, 20.0)}
+RADII = {"small": (11.0, 14.0), "large": (18.0, 24.0)}
 COUNTS = {1: 0.35, 2: 0.35, 3: 0.2, 4: 0.1}
 # How often several things are of one pair.
 TWINS = 0.1
@@ -55,9 +55,11 @@ BALANCE = 0.45
 PLACEMENTS = 30
 
 CAPTIONS = 5
-# What captions tell, and how often: scenes of several things, and of one.
+# What captions tell, and how often. The shares are the same for scenes of one thing and of several: a kind that only
+# the latter have would be one in which the halves of held-out pairs meet more often than those of seen pairs.
 KINDS = {"list": 0.4, "relation": 0.1, "focus": 0.15, "shapes": 0.3, "colors": 0.05}
-KINDS_OF_ONE = {"list": 0.65, "focus": 0.35}
+# How often a single thing is counted: "one star" for "a star".
+COUNTED = 0.3
 
 ANNOTATORS = 10
 # How often an annotator gives another answer than the scene's.
@@ -147,7 +149,8 @@ def render(scene: Scene, random: Random) -> bytes:
     image = Image.new("RGB", (SIDE * SUPERSAMPLING,) * 2, tuple(int(value) for value in base))
     canvas = ImageDraw.Draw(image)
     for thing in scene.things:
-        shade = np.clip(np.array(COLORS[thing.color]) + random.uniform(-18, 18, 3), 0, 255)
+        light, tint = random.uniform(-45, 45), random.uniform(-18, 18, 3)
+        shade = np.clip(np.array(COLORS[thing.color]) + light + tint, 0, 255)
         _draw_thing(canvas, thing, tuple(int(value) for value in shade), random.uniform(-0.25, 0.25))
     pixels = np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BOX), dtype=np.float32)
     slope = np.linspace(-1, 1, SIDE, dtype=np.float32) * random.uniform(-14, 14)
@@ -177,12 +180,12 @@ def _around(radii: Sequence[float], start: float) -> list[tuple[float, float]]:
     return [(radius * math.cos(angle), radius * math.sin(angle)) for radius, angle in zip(radii, angles, strict=True)]
 
 
-_ARM = 0.36
+_ARM = 0.3
 # Corners of each shape in a circle of radius 1, y pointing down.
 OUTLINES: dict[str, list[tuple[float, float]]] = {
     "square": [(-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85)],
     "triangle": [(radius * 1.1, y * 1.1 + 0.15) for radius, y in _around([1, 1, 1], -math.pi / 2)],
-    "star": _around([1.12, 0.45] * 5, -math.pi / 2),
+    "star": _around([1.12, 0.38] * 5, -math.pi / 2),
     "cross": [
         *[(-_ARM, -1), (_ARM, -1), (_ARM, -_ARM), (1, -_ARM), (1, _ARM), (_ARM, _ARM)],
         *[(_ARM, 1), (-_ARM, 1), (-_ARM, _ARM), (-1, _ARM), (-1, -_ARM), (-_ARM, -_ARM)],
@@ -197,13 +200,13 @@ def captions(scene: Scene, random: Random, count: int = CAPTIONS) -> list[str]:
 
 def _caption(scene: Scene, random: Random) -> str:
     things = list(scene.things)
-    kind = _pick(random, KINDS if len(things) > 1 else KINDS_OF_ONE)
+    kind = _pick(random, KINDS)
     if kind == "relation" and len({thing.pair for thing in things}) == len(things) == 2:
         first, second = (things[int(index)] for index in random.permutation(2))
         return f"{article(first.name())} {relation(first, second)} {article(second.name())}"
     if kind == "focus":
         thing = things[int(random.integers(len(things)))]
-        name = article(thing.name(with_size=random.random() < 0.4))
+        name = _listed([thing.name(with_size=random.random() < 0.4)], random)
         return f"{name} {position(thing)}" if random.random() < 0.6 else _framed(name, scene, random)
     if kind == "shapes":
         return _framed(_listed([thing.shape for thing in things], random), scene, random)
@@ -215,7 +218,7 @@ def _caption(scene: Scene, random: Random) -> str:
 
 def _framed(words: str, scene: Scene, random: Random) -> str:
     """The words alone, or in a longer phrase."""
-    verb = "is" if words.startswith(("a ", "an ")) else "are"
+    verb = "is" if words.startswith(("a ", "an ", "one ")) else "are"
     forms = ("{}", "{}", f"there {verb} {{}}", "a picture of {}", f"{{}} on a {scene.background} background")
     return forms[int(random.integers(len(forms)))].format(words)
 
@@ -227,7 +230,10 @@ def _listed(names: Sequence[str], random: Random) -> str:
     parts = []
     for index in random.permutation(len(distinct)):
         name = distinct[int(index)]
-        parts.append(article(name) if counts[name] == 1 else f"{NUMBERS[counts[name]]} {plural(name)}")
+        if counts[name] > 1:
+            parts.append(f"{NUMBERS[counts[name]]} {plural(name)}")
+        else:
+            parts.append(f"one {name}" if random.random() < COUNTED else article(name))
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 

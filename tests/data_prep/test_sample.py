@@ -98,17 +98,34 @@ def test_classification_sets_hold_their_pairs_and_all_names(root, name, pairs):
     assert all("{c}" in line for line in (folder / "templates.txt").read_text().splitlines())
 
 
-def test_halves_of_held_out_pairs_meet_as_often_as_those_of_seen_pairs():
+def named(text: str) -> set[str]:
+    return {shape for shape in SHAPES if shape in text}
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        lambda scene, random: [{thing.shape for thing in scene.things}],
+        lambda scene, random: [named(text) for text in scenes.captions(scene, random)],
+        lambda scene, random: [
+            named(text) for text in scenes.captions(scene, random) if not any(color in text for color in COLORS)
+        ],
+    ],
+    ids=["scenes", "captions", "captions without colors"],
+)
+def test_halves_of_held_out_pairs_meet_as_often_as_those_of_seen_pairs(texts):
     """Less often, and `red` would speak against `star` merely because no red star was drawn; more often, and it would
-    give the red star away without a look at its shape."""
+    give the red star away without a look at its shape. So in the pictures, and between pictures and their captions."""
     random = np.random.default_rng(2)
-    together, colors, shapes, drawn = Counter(), Counter(), Counter(), 4000
-    for _ in range(drawn):
-        things = scenes.draw_scene(random, SEEN).things
-        present_colors, present_shapes = {thing.color for thing in things}, {thing.shape for thing in things}
-        colors.update(present_colors)
-        shapes.update(present_shapes)
-        together.update((color, shape) for color in present_colors for shape in present_shapes)
+    together, colors, shapes, drawn = Counter(), Counter(), Counter(), 0
+    for _ in range(4000):
+        scene = scenes.draw_scene(random, SEEN)
+        present_colors = {thing.color for thing in scene.things}
+        for present_shapes in texts(scene, random):
+            drawn += 1
+            colors.update(present_colors)
+            shapes.update(present_shapes)
+            together.update((color, shape) for color in present_colors for shape in present_shapes)
     lift = {pair: together[pair] * drawn / colors[pair[0]] / shapes[pair[1]] for pair in PAIRS}
     held_out, seen = (np.mean([lift[pair] for pair in pairs]) for pairs in (HELD_OUT, SEEN))
     assert held_out == pytest.approx(seen, rel=0.1)
@@ -210,8 +227,15 @@ def test_the_picture_shows_the_color(color, shape):
     thing = scenes.Thing(color, shape, "large", 32, 32, 17)
     picture = Image.open(io.BytesIO(scenes.render(scenes.Scene((thing,), "dark"), np.random.default_rng(0))))
     pixels = np.asarray(picture, dtype=float).reshape(-1, 3)
-    near = np.linalg.norm(pixels - np.array(COLORS[color]), axis=1) < 60
-    assert 0.05 < near.mean() < 0.5
+    colored = pixels[np.ptp(pixels, axis=1) > 80]
+    assert 0.05 < len(colored) / len(pixels) < 0.5
+
+    def chroma(values):
+        gray_free = values - values.mean(axis=1, keepdims=True)
+        return gray_free / np.linalg.norm(gray_free, axis=1, keepdims=True)
+
+    nearest = (chroma(colored) @ chroma(np.array(list(COLORS.values()), dtype=float)).T).argmax(axis=1)
+    assert (nearest == list(COLORS).index(color)).mean() > 0.9
 
 
 # --- reproducible
