@@ -35,6 +35,17 @@ def test_the_summary_has_its_form(run):
     assert list(summary["seconds"]) == ["sample", "data", "tokenizer", "train", "evaluate", "export", "report"]
 
 
+@pytest.mark.slow
+def test_the_demo_names_pairs_it_has_never_seen(tmp_path):
+    """At its full size and at the defaults. Seeds and processors differ: .9 is usual, chance is .03."""
+    assert main(["demo", "--run", str(tmp_path / "run")]) == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["zero_shot"]["top1"] > 0.5
+    assert summary["zero_shot"]["seen_top1"] > 0.8
+    assert summary["retrieval"]["image_retrieval_recall@5"] > 0.7
+    assert summary["export"]["parity"]["open_clip"] <= 1e-5
+
+
 def test_training_wrote_a_line_a_step(run):
     lines = read_metrics(run)
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
