@@ -6,7 +6,6 @@ Commands import what they need when they run, so that `--help` answers at once.
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from data_prep.locations import path_of
 from data_prep.record import DataError
 
 if TYPE_CHECKING:
@@ -33,7 +33,12 @@ app = typer.Typer(
 )
 console = Console(stderr=True)
 
-DataArgument = Annotated[Path, typer.Argument(help="A sharded dataset: a folder with manifest.json.", metavar="DIR")]
+DataArgument = Annotated[
+    Path,
+    typer.Argument(
+        help="A sharded dataset: a folder with manifest.json, or its address.", metavar="DIR", parser=path_of
+    ),
+]
 WorkersOption = Annotated[int, typer.Option(help="Processes; the output does not depend on it.")]
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -59,11 +64,18 @@ def build(
     sources: Annotated[
         list[str],
         typer.Argument(
-            help="Sources by name: coco, coco_karpathy, flickr30k, vqa, table, images, sample.",
+            help="Sources by name: coco, coco_karpathy, flickr30k, vqa, table, webdataset, images, sample.",
             metavar="NAME=PATH…",
         ),
     ],
-    out: Annotated[Path, typer.Option(help="Folder of the dataset; an unfinished one there is finished.")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="Folder of the dataset, or an address (s3://…); an unfinished one there is finished.",
+            metavar="DIR",
+            parser=path_of,
+        ),
+    ],
     name: Annotated[str, typer.Option(help="Name of the dataset; by default the folder's.")] = "",
     resize: Annotated[
         str, typer.Option(help="Shorter side of images in pixels, never enlarged, or `none` to keep them as they are.")
@@ -77,9 +89,29 @@ def build(
             help="Drop train images that look like a held-out one (same 64-bit difference hash, same colors).",
         ),
     ] = True,
-    image_column: Annotated[str, typer.Option(help="For table=…: the column of image paths.")] = "image",
+    hold_out: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Hold out a share of the images that have no splits of their own, drawn by their bytes: `val=0.01`; "
+            "repeat for several.",
+            metavar="SPLIT=SHARE",
+        ),
+    ] = None,
+    image_column: Annotated[
+        str, typer.Option(help="For table=…: the column of image paths, or of the images' bytes.")
+    ] = "image",
     caption_column: Annotated[
         list[str] | None, typer.Option(help="For table=…: a column of captions; repeat for several.")
+    ] = None,
+    restval: Annotated[
+        bool, typer.Option("--restval/--no-restval", help="For coco_karpathy=…: train on restval, too.")
+    ] = True,
+    license: Annotated[
+        list[int] | None,
+        typer.Option(help="For COCO: train on images of this licence id only (1 to 8); repeat for several."),
+    ] = None,
+    yes_no_cap: Annotated[
+        int | None, typer.Option(min=0, help="For vqa=…: statements from at most so many yes/no questions an image.")
     ] = None,
     overwrite: Annotated[bool, typer.Option(help="Remove a dataset that is already there.")] = False,
     workers: WorkersOption = CORES,
@@ -87,8 +119,9 @@ def build(
     """Read sources, verify every image, take held-out images out of train, and write shards and evaluation sets."""
     from data_prep import build as builder
     from data_prep import manifest
+    from data_prep.locations import remove_tree
     from data_prep.shards import BUILD
-    from data_prep.sources import TableOptions, parse
+    from data_prep.sources import ReadOptions, parse
 
     pairs = parse(sources)
     if resize != "none" and not (resize.isdigit() and int(resize)):
@@ -97,18 +130,25 @@ def build(
         # A lone manifest.json is no sign of ours: many tools write one.
         if any(out.iterdir()) and not (out / manifest.SEAL).is_file() and not (out / BUILD).is_dir():
             raise DataError(f"--overwrite: {out} is not a dataset; remove it yourself if it may go.")
-        shutil.rmtree(out)
+        remove_tree(out)
     options = builder.Options(
         name=name or out.resolve().name,
         resize=None if resize == "none" else int(resize),
         samples_per_shard=samples_per_shard,
         seed=seed,
         near_duplicates=near_duplicates,
+        licenses=tuple(license or ()),
+        yes_no_cap=yes_no_cap,
+        hold_out=tuple(map(_share, hold_out or ())),
         workers=workers,
     )
-    table = TableOptions(image_column, tuple(caption_column or ["caption"]))
+    reading = ReadOptions(
+        image_column=image_column,
+        caption_columns=tuple(caption_column or ["caption"]),
+        restval=restval,
+    )
     with _progress() as advance:
-        dataset = builder.build(pairs, out, options, table, advance)
+        dataset = builder.build(pairs, out, options, reading, advance)
     _show(dataset)
 
 
@@ -170,6 +210,18 @@ def main(argv: list[str] | None = None) -> int:
     except SystemExit as exit_:
         return int(exit_.code or 0)
     return 0
+
+
+def _share(word: str) -> tuple[str, float]:
+    """`val=0.01` → its split and share."""
+    split, _, text = word.partition("=")
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1.0
+    if not split.isidentifier() or not 0 < share < 1:
+        raise DataError(f"--hold-out {word!r}: write SPLIT=SHARE, such as val=0.01.")
+    return split, share
 
 
 @contextmanager

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from data_prep.locations import appearing
 from data_prep.record import TRAIN, DataError, Kind
 
 SCHEMA_VERSION = 1
@@ -156,31 +156,31 @@ def sha256(path: Path) -> str:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file under a temporary name, sync, and give it its own: it is seen whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
+    """Write a file that is seen whole or not at all."""
+    with appearing(path) as file:
         file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def _seal(manifest: bytes) -> bytes:
     return f"{hashlib.sha256(manifest).hexdigest()}  {MANIFEST}\n".encode()
 
 
-def _read_shards(path: Path) -> list[Shard]:
+def read_table(path: Path, columns: list[str] | None = None) -> list[dict[str, Any]]:
+    """The rows of a Parquet file."""
     import pyarrow.parquet as pq
 
-    return [Shard(**row) for row in pq.read_table(path, columns=[column.name for column in fields(Shard)]).to_pylist()]
+    with path.open("rb") as file:
+        rows: list[dict[str, Any]] = pq.read_table(file, columns=columns).to_pylist()
+    return rows
+
+
+def _read_shards(path: Path) -> list[Shard]:
+    return [Shard(**row) for row in read_table(path, [column.name for column in fields(Shard)])]
 
 
 def _read_tables(path: Path) -> dict[str, str]:
     """The sha256 of the table beside each shard."""
-    import pyarrow.parquet as pq
-
-    rows = pq.read_table(path, columns=["name", "table_sha256"]).to_pylist()
-    return {table_of(row["name"]): row["table_sha256"] for row in rows}
+    return {table_of(row["name"]): row["table_sha256"] for row in read_table(path, ["name", "table_sha256"])}
 
 
 def _write_shards(path: Path, shards: Iterable[Shard]) -> None:

@@ -40,13 +40,15 @@ class Record:
     Attributes:
         image_id: the photo, whichever dataset shows it: `coco:391895`, `flickr:1000092795`, or `SOURCE:NAME`.
         source: the reader's name.
-        path: the image file.
+        path: the file of the image.
+        span: (first byte, number of bytes) of the image in that file, where it lies in a larger one.
         evaluation: the held-out set that it belongs to; None for training.
         captions: uncleaned.
         questions: each with question_id, question, question_type, answers, answer_type, multiple_choice_answer.
         license: the dataset's licence id of the image.
         label: class index, in a classification set.
         also_known_as: further ids of the same photo, such as a COCO photo's on Flickr.
+        undivided: its dataset has no splits, so that a part of it may be held out by lot.
     """
 
     image_id: str
@@ -58,6 +60,8 @@ class Record:
     license: int | str | None = None
     label: int | None = None
     also_known_as: tuple[str, ...] = ()
+    span: tuple[int, int] | None = None
+    undivided: bool = False
 
     @property
     def split(self) -> str:

@@ -6,10 +6,10 @@ complete, the task's result (`Made`) last; a build that was killed redoes the ta
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import json
-import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -19,11 +19,14 @@ from typing import Any
 from data_prep import captions as texts
 from data_prep.images import BadImage, StoredImage, prepare
 from data_prep.leakage import HeldOut
+from data_prep.locations import appearing, read_bytes
 from data_prep.manifest import Shard, sha256, table_of, write_atomically
 from data_prep.record import TRAIN, Record
 
 # Where the tasks' results lie while a build is under way.
 BUILD = ".build"
+# There, what train shards must not contain.
+HELD_OUT = "held_out.npz"
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,8 @@ class Task:
         tar: the shard's name below it, such as train/00000.tar.
         keys: a name for each record, unique in its split.
         resize: see `data_prep.images.prepare`.
-        held_out: images that this shard must not contain; empty for evaluation sets.
+        yes_no_cap: see `clean_texts`.
+        held_out: sha256 of the images that this shard must not contain (in BUILD/HELD_OUT); empty where there are none.
     """
 
     out: Path
@@ -44,7 +48,8 @@ class Task:
     records: tuple[Record, ...]
     keys: tuple[str, ...]
     resize: int | None
-    held_out: HeldOut
+    yes_no_cap: int | None = None
+    held_out: str = ""
 
     @property
     def result(self) -> Path:
@@ -52,7 +57,7 @@ class Task:
 
     def identity(self) -> str:
         """The hash of all that decides the shard's bytes but the image files."""
-        content = (self.tar, self.split, self.records, self.keys, self.resize, self.held_out.sha256())
+        content = (self.tar, self.split, self.records, self.keys, self.resize, self.yes_no_cap, self.held_out)
         return hashlib.sha256(repr(content).encode("utf-8", "surrogatepass")).hexdigest()
 
 
@@ -101,23 +106,22 @@ def make(task: Task) -> Made:
     import webdataset as wds  # loads torch where it is installed, so only where tars are written
 
     path = task.out / task.tar
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
+    held_out = _held_out(task.out / BUILD / HELD_OUT, task.held_out) if task.held_out else HeldOut()
+    with appearing(path) as file:
         with wds.TarWriter(file, encoder=False, mtime=0, user="", group="", mode=0o644) as tar:
             for key, record in zip(task.keys, task.records, strict=True):
-                cleaned = clean_texts(record)
+                cleaned = clean_texts(record, task.yes_no_cap)
                 for reason, text in cleaned.dropped:
                     drop(record, reason, text[:200])
                 if not _is_usable(record, cleaned):
                     drop(record, "no_text")
                     continue
                 try:
-                    image = prepare(_read(record.path), task.resize)
+                    image = prepare(_read(record), task.resize)
                 except BadImage as error:
                     drop(record, str(error), str(record.path))
                     continue
-                if leak := task.held_out.reason_against(image):
+                if leak := held_out.reason_against(image):
                     drop(record, leak)
                     continue
                 tar.write({"__key__": key, image.extension: image.data, **members(record, cleaned, image)})
@@ -126,14 +130,13 @@ def make(task: Task) -> Made:
                     files |= {image.sha256, image.original_sha256}
                     looks.add((image.perceptual_hash, image.thumbnail.hex()))
         file.flush()
-        os.fsync(file.fileno())
-    _write_table(task.out / table_of(task.tar), rows)
-    temporary.replace(path)
+        digest, size = sha256(Path(file.name)), file.tell()
+        _write_table(task.out / table_of(task.tar), rows)
     shard = Shard(
         split=task.split,
         name=task.tar,
-        bytes=path.stat().st_size,
-        sha256=sha256(path),
+        bytes=size,
+        sha256=digest,
         samples=len(rows),
         captions=sum(len(row["captions"]) for row in rows),
     )
@@ -143,8 +146,14 @@ def make(task: Task) -> Made:
     return made
 
 
-def clean_texts(record: Record) -> Texts:
-    """Clean a record's captions and, for training, make statements of its questions."""
+@functools.lru_cache(maxsize=1)
+def _held_out(path: Path, sha256: str) -> HeldOut:
+    return HeldOut.load(path)
+
+
+def clean_texts(record: Record, yes_no_cap: int | None) -> Texts:
+    """Clean a record's captions and, for training, make statements of its questions, of the first `yes_no_cap` only
+    where they are answered with yes or no."""
     result = Texts()
     for caption in record.captions:
         try:
@@ -152,10 +161,15 @@ def clean_texts(record: Record) -> Texts:
         except texts.BadText as error:
             result.dropped.append((str(error), caption))
     if record.evaluation is None:
+        yes_no = 0
         for question in record.questions:
             answer = texts.agreed_answer(question)
             if answer is None:
                 result.dropped.append(("low_agreement", str(question["question"])))
+                continue
+            yes_no += answer in ("yes", "no")
+            if answer in ("yes", "no") and yes_no_cap is not None and yes_no > yes_no_cap:
+                result.dropped.append(("yes_no_cap", str(question["question"])))
                 continue
             made = texts.statement(str(question["question"]), answer)
             try:
@@ -204,9 +218,9 @@ def _is_usable(record: Record, cleaned: Texts) -> bool:
     }[kind]
 
 
-def _read(path: Path) -> bytes:
+def _read(record: Record) -> bytes:
     try:
-        return path.read_bytes()
+        return read_bytes(record.path, record.span)
     except (FileNotFoundError, NotADirectoryError):
         raise BadImage("missing_file") from None
     except (OSError, ValueError):  # a folder, no permission, or a name that no file can have

@@ -26,11 +26,8 @@ class Coverage:
 
 def texts(dataset: manifest.Dataset) -> Iterator[str]:
     """Every caption and statement of the train split, in shard order."""
-    import pyarrow.parquet as pq
-
     for shard in dataset.split(TRAIN):
-        table = pq.read_table((dataset.path / shard.name).with_suffix(".parquet"), columns=["captions", "statements"])
-        for row in table.to_pylist():
+        for row in manifest.read_table(dataset.path / manifest.table_of(shard.name), ["captions", "statements"]):
             yield from row["captions"]
             yield from row["statements"]
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from data_prep.locations import path_of
 from data_prep.record import DataError, Record
 
 # Name → module with `read(root, options)`; imported when asked for.
@@ -17,6 +18,7 @@ READERS = {
     "flickr30k": "data_prep.sources.flickr30k",
     "vqa": "data_prep.sources.vqa",
     "table": "data_prep.sources.table",
+    "webdataset": "data_prep.sources.webdataset",
     "images": "data_prep.sources.images",
 }
 
@@ -25,11 +27,20 @@ SAMPLE = {"coco": "mscoco", "vqa": "mscoco", "flickr30k": "flickr30k", "images":
 
 
 @dataclass(frozen=True)
-class TableOptions:
-    """Which columns of a user's own table hold what."""
+class ReadOptions:
+    """How sources are read.
+
+    Attributes:
+        image_column: of a table: paths, or the images' bytes.
+        caption_columns: of a table.
+        restval: whether Karpathy's restval images of COCO train.
+        spill: where images go that come as bytes rather than as files.
+    """
 
     image_column: str = "image"
     caption_columns: tuple[str, ...] = ("caption",)
+    restval: bool = True
+    spill: Path = Path("spill")
 
 
 def parse(words: list[str]) -> list[tuple[str, Path]]:
@@ -47,14 +58,14 @@ def parse(words: list[str]) -> list[tuple[str, Path]]:
             close = difflib.get_close_matches(name, [*READERS, "sample"], n=1)
             hint = f" Did you mean {close[0]}?" if close else ""
             raise DataError(f"source {name!r} is not known.{hint} Known are {', '.join([*READERS, 'sample'])}.")
-        path = Path(text)
+        path = path_of(text)
         if not path.exists():
             raise DataError(f"{word}: looked for {path.absolute()} and found nothing there.")
         pairs += [(reader, path / part) for reader, part in SAMPLE.items()] if name == "sample" else [(name, path)]
     return pairs
 
 
-def read(name: str, root: Path, options: TableOptions) -> Iterator[Record]:
+def read(name: str, root: Path, options: ReadOptions) -> Iterator[Record]:
     """The records of one source, in a fixed order."""
     records: Iterator[Record] = importlib.import_module(READERS[name]).read(root, options)
     return records

@@ -1,4 +1,4 @@
-"""COCO with Karpathy's splits: train and restval train, val and test are evaluation sets.
+"""COCO with Karpathy's splits: train and (unless told otherwise) restval train, val and test are evaluation sets.
 
 ROOT/dataset_coco.json
 ROOT/{train,val}2014/*.jpg
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.record import DataError, Evaluation, Record
+from data_prep.sources import ReadOptions
 from data_prep.sources.annotations import entries_of, image_folder, load_json
 from data_prep.sources.coco import flickr_ids, photo_id
 
@@ -23,7 +24,7 @@ SPLITS: dict[str, Evaluation | None] = {
 }
 
 
-def read(root: Path, options: object = None) -> Iterator[Record]:
+def read(root: Path, options: ReadOptions) -> Iterator[Record]:
     """Yield one Record an image, in ascending image id.
 
     Raises:
@@ -39,6 +40,8 @@ def read(root: Path, options: object = None) -> Iterator[Record]:
         for image in sorted(content["images"], key=lambda image: int(image["cocoid"])):
             if image["split"] not in SPLITS:
                 raise DataError(f"{path}: image {image['cocoid']} has split {image['split']!r}, not of {list(SPLITS)}.")
+            if image["split"] == "restval" and not options.restval:
+                continue
             known = official.get(int(image["cocoid"]), {})
             yield Record(
                 image_id=photo_id(image["cocoid"]),

@@ -1,6 +1,7 @@
 """Flickr30K in the layouts in use.
 
     ROOT/dataset_flickr30k.json       Karpathy's splits: train trains, val and test are evaluation sets
+    ROOT/flickr_annotations_30k.csv   Hugging Face's, with the same splits
     ROOT/results_20130124.token       the original: no splits, everything trains
     ROOT/results.csv                  Kaggle's: no splits, everything trains
     ROOT/**/NUMBER.jpg                images, in ROOT or nested up to three folders deep
@@ -10,6 +11,8 @@ Where several annotation files are there, the first of this list is read.
 
 from __future__ import annotations
 
+import csv
+import json
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -18,7 +21,8 @@ from pathlib import Path
 from data_prep.record import DataError, Evaluation, Record
 from data_prep.sources.annotations import entries_of, load_json, load_lines
 
-JSON, TOKEN, CSV = "dataset_flickr30k.json", "results_20130124.token", "results.csv"
+JSON, HF_CSV = "dataset_flickr30k.json", "flickr_annotations_30k.csv"
+TOKEN, CSV = "results_20130124.token", "results.csv"
 
 SPLITS: dict[str, Evaluation | None] = {
     "train": None,
@@ -37,6 +41,7 @@ def read(root: Path, options: object = None) -> Iterator[Record]:
         DataError: no annotation file, no image folder, or a row that cannot be read.
     """
     rows = _rows(root)
+    divided = (root / JSON).is_file() or (root / HF_CSV).is_file()
     if not rows:
         raise DataError(f"{root}: the annotation file there has no images in it.")
     folder = _image_folder(root, list(rows))
@@ -48,6 +53,7 @@ def read(root: Path, options: object = None) -> Iterator[Record]:
             path=folder / name,
             evaluation=evaluation,
             captions=captions,
+            undivided=not divided,
         )
 
 
@@ -59,6 +65,11 @@ def _rows(root: Path) -> dict[str, tuple[Evaluation | None, tuple[str, ...]]]:
                 image["filename"]: (SPLITS[image["split"]], tuple(sentence["raw"] for sentence in image["sentences"]))
                 for image in load_json(root / JSON, "images")["images"]
             }
+    if (root / HF_CSV).is_file():
+        with entries_of(root / HF_CSV), (root / HF_CSV).open(encoding="utf-8-sig", newline="") as file:
+            return {
+                row["filename"]: (SPLITS[row["split"]], tuple(json.loads(row["raw"]))) for row in csv.DictReader(file)
+            }
     for name, parse in ((TOKEN, _token_rows), (CSV, _csv_rows)):
         if (root / name).is_file():
             captions: dict[str, list[tuple[int, str]]] = defaultdict(list)
@@ -66,8 +77,8 @@ def _rows(root: Path) -> dict[str, tuple[Evaluation | None, tuple[str, ...]]]:
                 captions[image].append((number, caption))
             return {image: (None, tuple(text for _, text in sorted(texts))) for image, texts in captions.items()}
     raise DataError(
-        f"{root}: looked for {JSON}, {TOKEN} and {CSV} and found none. Flickr30K is given out by request form; "
-        "unpack it there."
+        f"{root}: looked for {JSON}, {HF_CSV}, {TOKEN} and {CSV} and found none. Flickr30K is given out by "
+        "request form; unpack it there."
     )
 
 

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 from data_prep import manifest
 from data_prep.__main__ import main
 from data_prep.images import prepare
-from data_prep.leakage import HeldOut, held_out_ids
+from data_prep.leakage import HeldOut, all_ids
 from data_prep.record import Evaluation, Record
 from tests.data_prep import layouts
 from tests.data_prep.test_sources import SHARED, needs_shared
@@ -82,7 +82,7 @@ def drawn(color: str, ground: str = "black") -> bytes:
 def test_different_pictures_of_one_difference_hash_both_train():
     held, other, copy = prepare(drawn("red"), None), prepare(drawn("lime"), None), prepare(drawn("#fb0203"), None)
     assert held.perceptual_hash == other.perceptual_hash == copy.perceptual_hash
-    guard = HeldOut(looks={held.perceptual_hash: (held.thumbnail.hex(),)})
+    guard = HeldOut(looks=((held.perceptual_hash, held.thumbnail),))
     assert guard.reason_against(other) is None
     assert guard.reason_against(copy) == "held_out_look"
 
@@ -116,7 +116,8 @@ def test_no_record_that_may_train_shares_a_photo_with_a_held_out_one(records):
         if name not in reached:
             reached.add(name)
             todo += linked[name]
-    assert held_out_ids(iter(records)) == reached
+    held = {name for record in records if record.evaluation for name in record.ids}
+    assert all_ids(held, [record.ids for record in records if record.also_known_as]) == reached
 
 
 @needs_shared
@@ -136,18 +137,25 @@ def test_real_samples_together_have_no_leak(tmp_path):
 
 
 @needs_shared
-@pytest.mark.parametrize("quality", [90, 60])
-def test_most_re_encoded_photos_are_recognised_and_no_other_one_is(quality):
-    """The exact difference hash misses some (measured .83 and .67); a distance is for later."""
+@pytest.mark.parametrize(("quality", "scale"), [(90, 1), (60, 1), (90, 0.5)])
+def test_re_encoded_and_shrunken_photos_are_recognised_and_no_other_one_is(quality, scale):
     paths = sorted((SHARED / "flickr30k_mini/flickr30k-images").glob("*.jpg"))[:120]
     originals = [prepare(path.read_bytes(), None) for path in paths]
-    found = 0
     for index, path in enumerate(paths):
         buffer = io.BytesIO()
-        Image.open(path).save(buffer, "JPEG", quality=quality)
+        with Image.open(path) as image:
+            image.resize((round(image.width * scale), round(image.height * scale))).save(
+                buffer, "JPEG", quality=quality
+            )
         copy = prepare(buffer.getvalue(), None)
-        guards = [HeldOut(looks={one.perceptual_hash: (one.thumbnail.hex(),)}) for one in originals]
-        hits = [number for number, guard in enumerate(guards) if guard.reason_against(copy)]
-        assert hits in ([], [index])
-        found += hits == [index]
-    assert found >= 0.55 * len(paths)
+        guards = [HeldOut(looks=((one.perceptual_hash, one.thumbnail),)) for one in originals]
+        assert [number for number, guard in enumerate(guards) if guard.reason_against(copy)] == [index]
+
+
+@given(st.lists(st.tuples(st.integers(0, 2**64 - 1), st.binary(min_size=192, max_size=192)), max_size=5))
+def test_what_is_held_out_survives_its_file(tmp_path_factory, looks):
+    path = tmp_path_factory.mktemp("held") / "held_out.npz"
+    held_out = HeldOut(frozenset(f"{number:064x}" for number, _ in looks), tuple((f"{n:016x}", t) for n, t in looks))
+    held_out.save(path)
+    assert HeldOut.load(path) == held_out
+    assert HeldOut.load(path).sha256() == held_out.sha256()

@@ -9,15 +9,15 @@ import pytest
 
 from data_prep import sources
 from data_prep.record import DataError, Record
-from data_prep.sources import TableOptions
+from data_prep.sources import ReadOptions
 from tests.data_prep import layouts
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the real sample data is not here")
 
 
-def read(name: str, root: Path, options: TableOptions | None = None) -> list[Record]:
-    return list(sources.read(name, root, options or TableOptions()))
+def read(name: str, root: Path, options: ReadOptions | None = None) -> list[Record]:
+    return list(sources.read(name, root, options or ReadOptions()))
 
 
 def by_split(records: list[Record]) -> dict[str, int]:
@@ -129,7 +129,7 @@ def write_table(path: Path) -> Path:
 
 @pytest.mark.parametrize("name", ["t.csv", "t.TSV", "t.jsonl", "t.parquet"])
 def test_tables_give_one_record_a_row(tmp_path, name):
-    records = read("table", write_table(tmp_path / name), TableOptions("file", ("one", "two")))
+    records = read("table", write_table(tmp_path / name), ReadOptions("file", ("one", "two")))
     assert [record.captions for record in records] == [("A, b", "c"), ("E",)]
     assert [record.path for record in records] == [tmp_path / "a.jpg", tmp_path / "sub/d.jpg"]
     assert records[1].image_id == "table:t/sub/d.jpg"
@@ -138,7 +138,7 @@ def test_tables_give_one_record_a_row(tmp_path, name):
 @pytest.mark.parametrize("name", ["t.csv", "t.parquet"])
 def test_a_missing_column_names_those_that_are_there(tmp_path, name):
     with pytest.raises(DataError, match=r"no column 'caption'; it has .*one.*two"):
-        read("table", write_table(tmp_path / name), TableOptions("file", ("caption",)))
+        read("table", write_table(tmp_path / name), ReadOptions("file", ("caption",)))
 
 
 @pytest.mark.parametrize(
