@@ -173,6 +173,53 @@ def verify(data: DataArgument) -> None:
 
 
 @app.command()
+def check(
+    data: DataArgument,
+    other: Annotated[
+        Path | None, typer.Argument(help="Another one to compare with.", metavar="DIR", parser=path_of)
+    ] = None,
+) -> None:
+    """Report images that two datasets share, or the splits of one; exit code 2 where train has an evaluation image."""
+    from data_prep import check as checker
+    from data_prep import manifest
+
+    found = checker.overlaps(manifest.read(data), manifest.read(other) if other else None)
+    for overlap in found:
+        reasons = ", ".join(f"{count} by {reason}" for reason, count in overlap.reasons.items())
+        examples = f", such as {', '.join(overlap.examples)}" if overlap.examples else ""
+        console.print(
+            f"{overlap.first} and {overlap.second}: {overlap.images} images ({reasons}){examples}",
+            emoji=False,
+            highlight=False,
+            soft_wrap=True,
+        )
+    if leaks := sum(overlap.images for overlap in found if overlap.leak):
+        raise DataError(
+            f"{leaks} train images are in evaluation sets. Build the sources together, or take them out with "
+            "`python -m data_prep remove`."
+        )
+    console.print("no evaluation image is in train")
+
+
+@app.command()
+def remove(
+    data: DataArgument,
+    names: Annotated[list[str] | None, typer.Argument(help="Keys of train samples, image ids, or sha256 sums.")] = None,
+    file: Annotated[
+        Path | None, typer.Option(help="A file of such names, one a line.", exists=True, dir_okay=False)
+    ] = None,
+) -> None:
+    """Take samples out of a finished dataset, rewriting only their shards and the manifest."""
+    from data_prep import remove as remover
+
+    listed = file.read_text(encoding="utf-8").split() if file else []
+    wanted = {*(names or ()), *listed}
+    if not wanted:
+        raise DataError("remove: name the samples to take out, or give --file.")
+    _show(remover.remove(data, wanted))
+
+
+@app.command()
 def show(data: DataArgument) -> None:
     """Print a dataset's splits, and what was kept and dropped."""
     from data_prep import manifest

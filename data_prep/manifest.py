@@ -19,6 +19,8 @@ from data_prep.record import TRAIN, DataError, Kind
 
 SCHEMA_VERSION = 1
 MANIFEST, SEAL, SHARDS = "manifest.json", "manifest.sha256", "shards.parquet"
+# What a removal of samples is about to change; there only while it does.
+REMOVAL = "removal.json"
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,8 @@ def read(path: Path) -> Dataset:
     Raises:
         DataError: no dataset there, an unfinished or damaged one, or one that newer code wrote.
     """
+    if (path / REMOVAL).is_file():
+        raise DataError(f"{path}: a removal of samples was cut off. Run the same `python -m data_prep remove` again.")
     for name in (MANIFEST, SEAL, SHARDS):
         if not (path / name).is_file():
             raise DataError(

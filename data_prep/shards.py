@@ -131,7 +131,7 @@ def make(task: Task) -> Made:
                     looks.add((image.perceptual_hash, image.thumbnail.hex()))
         file.flush()
         digest, size = sha256(Path(file.name)), file.tell()
-        _write_table(task.out / table_of(task.tar), rows)
+        write_table(task.out / table_of(task.tar), rows)
     shard = Shard(
         split=task.split,
         name=task.tar,
@@ -246,7 +246,7 @@ def _row(key: str, record: Record, cleaned: Texts, image: StoredImage) -> dict[s
     }
 
 
-def _write_table(path: Path, rows: list[dict[str, Any]]) -> None:
+def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
