@@ -113,12 +113,17 @@ def build(
     yes_no_cap: Annotated[
         int | None, typer.Option(min=0, help="For vqa=…: statements from at most so many yes/no questions an image.")
     ] = None,
+    min_words: Annotated[int, typer.Option(min=1, help="Drop train captions of fewer words.")] = 1,
+    scrub: Annotated[
+        bool, typer.Option("--scrub", help="Take e-mail addresses, phone numbers and URLs out of captions.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option(help="Remove a dataset that is already there.")] = False,
     workers: WorkersOption = CORES,
 ) -> None:
     """Read sources, verify every image, take held-out images out of train, and write shards and evaluation sets."""
     from data_prep import build as builder
     from data_prep import manifest
+    from data_prep.captions import TextRules
     from data_prep.locations import remove_tree
     from data_prep.shards import BUILD
     from data_prep.sources import ReadOptions, parse
@@ -138,7 +143,7 @@ def build(
         seed=seed,
         near_duplicates=near_duplicates,
         licenses=tuple(license or ()),
-        yes_no_cap=yes_no_cap,
+        rules=TextRules(min_words, yes_no_cap, scrub),
         hold_out=tuple(map(_share, hold_out or ())),
         workers=workers,
     )

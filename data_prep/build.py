@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep import executor, manifest
+from data_prep.captions import TextRules
 from data_prep.intake import Intake, take
 from data_prep.leakage import HeldOut
 from data_prep.locations import appearing, is_local, remove_tree
@@ -43,7 +44,7 @@ class Options:
         seed: of the order in which records are dealt to train shards.
         near_duplicates: also drop train images that look like a held-out one.
         licenses: licence ids that may train, as COCO numbers them; none means all, and also the unknown.
-        yes_no_cap: of an image's questions, how many yes/no ones may become statements; None means all.
+        rules: what is done to texts.
         hold_out: (split, share) pairs: that much of the images without splits becomes the evaluation set NAME_SPLIT.
         workers: processes.
     """
@@ -54,7 +55,7 @@ class Options:
     seed: int = 0
     near_duplicates: bool = True
     licenses: tuple[int, ...] = ()
-    yes_no_cap: int | None = None
+    rules: TextRules = field(default_factory=TextRules)
     hold_out: tuple[tuple[str, float], ...] = ()
     workers: int = 1
 
@@ -71,6 +72,7 @@ class Tally:
     quarantine: Path
     shards: list[Shard] = field(default_factory=list)
     kept: Counter[str] = field(default_factory=Counter)
+    scrubbed: Counter[str] = field(default_factory=Counter)
     dropped: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
     results: list[Path] = field(default_factory=list)
     files: set[str] = field(default_factory=set)
@@ -86,6 +88,7 @@ class Tally:
     def add(self, task: Task, made: Made) -> None:
         self.shards.append(made.shard)
         self.kept.update(made.kept)
+        self.scrubbed.update(made.scrubbed)
         self.results.append(task.result)
         self.files.update(made.files)
         self.looks.update(made.looks)
@@ -162,6 +165,7 @@ def build(
                 # An image of two sources counts once, under both names.
                 "kept": dict(sorted(tally.kept.items())),
                 "dropped": {name: dict(sorted(counts.items())) for name, counts in sorted(tally.dropped.items())},
+                "scrubbed": dict(sorted(tally.scrubbed.items())),
             },
             "held_out_sha256": hashlib.sha256("\n".join([*sorted(ids), held_out.sha256()]).encode()).hexdigest(),
             "tools": {
@@ -228,13 +232,13 @@ def _evaluation_tasks(intake: Intake, out: Path, options: Options) -> Iterator[T
         for number, part in enumerate(_parts(intake.evaluation_records(name), options.samples_per_shard)):
             keys = tuple(f"s{first + index:07d}" for index in range(len(part)))
             first += len(part)
-            yield Task(out, f"eval/{name}/test/{number}.tar", name, part, keys, options.resize)
+            yield Task(out, f"eval/{name}/test/{number}.tar", name, part, keys, options.resize, options.rules)
 
 
 def _train_tasks(records: Iterator[Record], out: Path, options: Options, held_out: str) -> Iterator[Task]:
     for number, part in enumerate(_parts(records, options.samples_per_shard)):
         keys = tuple(f"{number:05d}{index:04d}" for index in range(len(part)))
-        yield Task(out, f"train/{number:05d}.tar", TRAIN, part, keys, options.resize, options.yes_no_cap, held_out)
+        yield Task(out, f"train/{number:05d}.tar", TRAIN, part, keys, options.resize, options.rules, held_out)
 
 
 def _parts(records: Iterator[Record], size: int) -> Iterator[tuple[Record, ...]]:

@@ -6,14 +6,41 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+from data_prep.record import Record
 
 MAX_CHARACTERS = 2000
 # Of ten annotators, how many must have given the answer that a statement is made from.
 MIN_AGREEMENT = 3
 
 _SPACE = re.compile(r"\s+")
+
+
+@dataclass(frozen=True)
+class TextRules:
+    """What is done to texts.
+
+    Attributes:
+        min_words: of a caption that trains.
+        yes_no_cap: of an image's questions, how many yes/no ones may become statements; None means all.
+        scrub: take e-mail addresses, phone numbers and URLs out of captions and statements.
+    """
+
+    min_words: int = 1
+    yes_no_cap: int | None = None
+    scrub: bool = False
+
+
+@dataclass
+class Texts:
+    """An image's cleaned texts, (reason, text) of those dropped, and what was scrubbed how often."""
+
+    captions: list[str] = field(default_factory=list)
+    statements: list[str] = field(default_factory=list)
+    dropped: list[tuple[str, str]] = field(default_factory=list)
+    scrubbed: Counter[str] = field(default_factory=Counter)
 
 
 class BadText(ValueError):  # noqa: N818 (it describes a text, not a failure of ours)
@@ -37,6 +64,57 @@ def clean(text: str) -> str:
     if len(result) > MAX_CHARACTERS:
         raise BadText("too_long_text")
     return result
+
+
+def clean_texts(record: Record, rules: TextRules) -> Texts:
+    """Clean a record's captions and, for training, make statements of its questions."""
+    result = Texts()
+    trains = record.evaluation is None
+
+    def add(texts: list[str], text: str, min_words: int = 1) -> None:
+        if rules.scrub:
+            text = scrub(text, result.scrubbed)
+        try:
+            cleaned = clean(text)
+            if len(cleaned.split()) < min_words:
+                raise BadText("too_short_text")
+            texts.append(cleaned)
+        except BadText as error:
+            result.dropped.append((str(error), text))
+
+    for caption in record.captions:
+        add(result.captions, caption, rules.min_words if trains else 1)
+    yes_no = 0
+    for question in record.questions if trains else ():
+        asked, answer = str(question["question"]), agreed_answer(question)
+        yes_no += answer in ("yes", "no")
+        if answer is None:
+            result.dropped.append(("low_agreement", asked))
+        elif answer in ("yes", "no") and rules.yes_no_cap is not None and yes_no > rules.yes_no_cap:
+            result.dropped.append(("yes_no_cap", asked))
+        else:
+            add(result.statements, statement(asked, answer))
+    return result
+
+
+_EMAIL = re.compile(r"[\w.+-]+@[\w-]+(?:\.[\w-]+)+")
+_URL = re.compile(r"(?:https?://|www\.)\S+")
+# How phone numbers without a country's code are read.
+PHONE_REGION = "US"
+
+
+def scrub(text: str, counts: Counter[str]) -> str:
+    """The text without e-mail addresses, URLs and phone numbers, each counted in `counts`."""
+    for name, pattern in (("email", _EMAIL), ("url", _URL)):
+        text, number = pattern.subn(" ", text)
+        counts[name] += number
+    if sum(character.isdigit() for character in text) >= 7:
+        import phonenumbers
+
+        for match in reversed(list(phonenumbers.PhoneNumberMatcher(text, PHONE_REGION))):
+            text = f"{text[: match.start]} {text[match.end :]}"
+            counts["phone"] += 1
+    return text
 
 
 def statement(question: str, answer: str) -> str:

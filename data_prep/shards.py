@@ -12,11 +12,11 @@ import io
 import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep import captions as texts
+from data_prep.captions import TextRules, Texts, clean_texts
 from data_prep.images import BadImage, StoredImage, prepare
 from data_prep.leakage import HeldOut
 from data_prep.locations import appearing, read_bytes
@@ -38,7 +38,7 @@ class Task:
         tar: the shard's name below it, such as train/00000.tar.
         keys: a name for each record, unique in its split.
         resize: see `data_prep.images.prepare`.
-        yes_no_cap: see `clean_texts`.
+        rules: of its texts.
         held_out: sha256 of the images that this shard must not contain (in BUILD/HELD_OUT); empty where there are none.
     """
 
@@ -48,7 +48,7 @@ class Task:
     records: tuple[Record, ...]
     keys: tuple[str, ...]
     resize: int | None
-    yes_no_cap: int | None = None
+    rules: TextRules
     held_out: str = ""
 
     @property
@@ -57,7 +57,7 @@ class Task:
 
     def identity(self) -> str:
         """The hash of all that decides the shard's bytes but the image files."""
-        content = (self.tar, self.split, self.records, self.keys, self.resize, self.yes_no_cap, self.held_out)
+        content = (self.tar, self.split, self.records, self.keys, self.resize, self.rules, self.held_out)
         return hashlib.sha256(repr(content).encode("utf-8", "surrogatepass")).hexdigest()
 
 
@@ -68,6 +68,7 @@ class Made:
     Attributes:
         kept: images by source.
         dropped: one {image_id, source, split, reason, detail} for each image or text left out.
+        scrubbed: e-mail addresses, phone numbers and URLs taken out of texts.
         files, looks: hashes of an evaluation set's images, and (perceptual hash, thumbnail in hex) of each: what the
             guard against leaks compares with.
     """
@@ -76,17 +77,9 @@ class Made:
     shard: Shard
     kept: Mapping[str, int]
     dropped: tuple[Mapping[str, str], ...]
+    scrubbed: Mapping[str, int]
     files: tuple[str, ...]
     looks: tuple[tuple[str, str], ...]
-
-
-@dataclass
-class Texts:
-    """An image's cleaned texts, and why others were dropped."""
-
-    captions: list[str] = field(default_factory=list)
-    statements: list[str] = field(default_factory=list)
-    dropped: list[tuple[str, str]] = field(default_factory=list)
 
 
 def make(task: Task) -> Made:
@@ -96,6 +89,7 @@ def make(task: Task) -> Made:
         return done
     rows: list[dict[str, Any]] = []
     dropped: list[Mapping[str, str]] = []
+    scrubbed: Counter[str] = Counter()
     files: set[str] = set()
     looks: set[tuple[str, str]] = set()
 
@@ -110,7 +104,8 @@ def make(task: Task) -> Made:
     with appearing(path) as file:
         with wds.TarWriter(file, encoder=False, mtime=0, user="", group="", mode=0o644) as tar:
             for key, record in zip(task.keys, task.records, strict=True):
-                cleaned = clean_texts(record, task.yes_no_cap)
+                cleaned = clean_texts(record, task.rules)
+                scrubbed.update(cleaned.scrubbed)
                 for reason, text in cleaned.dropped:
                     drop(record, reason, text[:200])
                 if not _is_usable(record, cleaned):
@@ -125,7 +120,7 @@ def make(task: Task) -> Made:
                     drop(record, leak)
                     continue
                 tar.write({"__key__": key, image.extension: image.data, **members(record, cleaned, image)})
-                rows.append(_row(key, record, cleaned, image))
+                rows.append(_row(key, record, cleaned, image, task.rules.scrub))
                 if record.evaluation:
                     files |= {image.sha256, image.original_sha256}
                     looks.add((image.perceptual_hash, image.thumbnail.hex()))
@@ -141,7 +136,9 @@ def make(task: Task) -> Made:
         captions=sum(len(row["captions"]) for row in rows),
     )
     kept = dict(Counter(row["source"] for row in rows))
-    made = Made(task.identity(), shard, kept, tuple(dropped), tuple(sorted(files)), tuple(sorted(looks)))
+    made = Made(
+        task.identity(), shard, kept, tuple(dropped), dict(scrubbed), tuple(sorted(files)), tuple(sorted(looks))
+    )
     write_atomically(task.result, json.dumps(asdict(made)).encode())
     return made
 
@@ -149,34 +146,6 @@ def make(task: Task) -> Made:
 @functools.lru_cache(maxsize=1)
 def _held_out(path: Path, sha256: str) -> HeldOut:
     return HeldOut.load(path)
-
-
-def clean_texts(record: Record, yes_no_cap: int | None) -> Texts:
-    """Clean a record's captions and, for training, make statements of its questions, of the first `yes_no_cap` only
-    where they are answered with yes or no."""
-    result = Texts()
-    for caption in record.captions:
-        try:
-            result.captions.append(texts.clean(caption))
-        except texts.BadText as error:
-            result.dropped.append((str(error), caption))
-    if record.evaluation is None:
-        yes_no = 0
-        for question in record.questions:
-            answer = texts.agreed_answer(question)
-            if answer is None:
-                result.dropped.append(("low_agreement", str(question["question"])))
-                continue
-            yes_no += answer in ("yes", "no")
-            if answer in ("yes", "no") and yes_no_cap is not None and yes_no > yes_no_cap:
-                result.dropped.append(("yes_no_cap", str(question["question"])))
-                continue
-            made = texts.statement(str(question["question"]), answer)
-            try:
-                result.statements.append(texts.clean(made))
-            except texts.BadText as error:
-                result.dropped.append((str(error), made))
-    return result
 
 
 def members(record: Record, cleaned: Texts, image: StoredImage) -> dict[str, bytes]:
@@ -227,13 +196,15 @@ def _read(record: Record) -> bytes:
         raise BadImage("unreadable_file") from None
 
 
-def _row(key: str, record: Record, cleaned: Texts, image: StoredImage) -> dict[str, Any]:
+def _row(key: str, record: Record, cleaned: Texts, image: StoredImage, scrub: bool) -> dict[str, Any]:
     return {
         "key": key,
         "image_id": record.image_id,
         "ids": list(record.ids),
         "source": record.source,
         "captions": cleaned.captions,
+        # What was scrubbed is not to be kept.
+        "original_captions": None if scrub or list(record.captions) == cleaned.captions else list(record.captions),
         "statements": cleaned.statements,
         "license": None if record.license is None else str(record.license),
         "width": image.width,
@@ -251,7 +222,8 @@ def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
     import pyarrow.parquet as pq
 
     words, text, number = pa.list_(pa.string()), pa.string(), pa.int64()
-    types = {"key": text, "image_id": text, "ids": words, "source": text, "captions": words, "statements": words}
+    types = {"key": text, "image_id": text, "ids": words, "source": text, "captions": words}
+    types |= {"original_captions": words, "statements": words}
     types |= {"license": text, "width": number, "height": number, "bytes": number}
     types |= {"sha256": text, "original_sha256": text, "perceptual_hash": text, "thumbnail": pa.binary()}
     buffer = io.BytesIO()

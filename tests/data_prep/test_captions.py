@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import unicodedata
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_prep.captions import BadText, agreed_answer, clean, statement
+from data_prep.captions import BadText, TextRules, agreed_answer, clean, clean_texts, statement
+from data_prep.record import Evaluation, Record
 
 ANY_TEXT = st.text(st.characters(), max_size=60)
 
@@ -109,3 +111,36 @@ def test_a_statement_needs_three_of_ten_votes(votes, expected):
 
 def test_a_question_without_answers_has_none():
     assert agreed_answer({"question": "What?"}) is None
+
+
+# --- what is done to a record's texts
+
+
+def record(*captions: str, evaluation: Evaluation | None = None) -> Record:
+    return Record("x:1", "x", Path("x.jpg"), evaluation, captions)
+
+
+def test_short_captions_do_not_train_and_are_kept_where_they_are_evaluated():
+    rules = TextRules(min_words=3)
+    found = clean_texts(record("a dog runs", "a  dog", "  "), rules)
+    assert found.captions == ["a dog runs"]
+    assert found.dropped == [("too_short_text", "a  dog"), ("empty_text", "  ")]
+    assert clean_texts(record("a dog", evaluation=Evaluation("e", "retrieval")), rules).captions == ["a dog"]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected", "counted"),
+    [
+        ("Write to a.b+c@mail.example.org today", "Write to today", {"email": 1}),
+        ("see https://example.org/a?b=c and www.example.com", "see and", {"url": 2}),
+        ("call +44 20 7946 0958 now", "call now", {"phone": 1}),
+        ("call (650) 253-0000, or 650-253-0001", "call , or", {"phone": 2}),
+        ("built 1914-1918, 12 of 300000 bricks", "built 1914-1918, 12 of 300000 bricks", {}),
+        ("route 66 at 10:30 in 2014", "route 66 at 10:30 in 2014", {}),
+    ],
+)
+def test_scrubbing(text, expected, counted):
+    found = clean_texts(record(text), TextRules(scrub=True))
+    assert found.captions == [expected]
+    assert +found.scrubbed == counted
+    assert clean_texts(record(text), TextRules()).captions == [text]
