@@ -16,7 +16,11 @@ EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 MULTI_PICTURE = "MPO"
 MAX_PIXELS = 100_000_000
 JPEG_QUALITY = 95
+# By area, as img2dataset shrinks: free of moiré, and three times as fast as Lanczos.
+SHRINKING = Image.Resampling.BOX
 HASH_SIDE = 8
+# Shorter side from which hashes are taken.
+HASHED_SIDE = 64
 ORIENTATION = 0x0112
 
 
@@ -69,7 +73,7 @@ def prepare(data: bytes, resize: int | None) -> StoredImage:
     original_width, original_height = ready.size
     if resize and min(ready.size) > resize:
         scale = resize / min(ready.size)
-        ready = ready.resize((round(ready.width * scale), round(ready.height * scale)), Image.Resampling.LANCZOS)
+        ready = ready.resize((round(ready.width * scale), round(ready.height * scale)), SHRINKING)
     original_sha256 = hashlib.sha256(data).hexdigest()
     if ready is image:
         stored, extension = data, EXTENSIONS.get(str(image.format), "jpg")
@@ -77,6 +81,7 @@ def prepare(data: bytes, resize: int | None) -> StoredImage:
         buffer = io.BytesIO()
         ready.save(buffer, "JPEG", quality=JPEG_QUALITY)
         stored, extension = buffer.getvalue(), "jpg"
+    perceptual_hash, thumbnail = looks(ready)
     return StoredImage(
         data=stored,
         extension=extension,
@@ -86,21 +91,26 @@ def prepare(data: bytes, resize: int | None) -> StoredImage:
         original_height=original_height,
         sha256=original_sha256 if stored is data else hashlib.sha256(stored).hexdigest(),
         original_sha256=original_sha256,
-        perceptual_hash=perceptual_hash(ready),
-        thumbnail=ready.resize((HASH_SIDE, HASH_SIDE), Image.Resampling.BOX).tobytes(),
+        perceptual_hash=perceptual_hash,
+        thumbnail=thumbnail,
     )
 
 
-def perceptual_hash(image: Image.Image) -> str:
-    """The difference hash (dHash) of an image: 8 × 8 comparisons of neighbouring cells, as 16 hex digits."""
-    grey = image.convert("L").resize((HASH_SIDE + 1, HASH_SIDE), Image.Resampling.BOX)
-    pixels = grey.tobytes()
+def looks(image: Image.Image) -> tuple[str, bytes]:
+    """The difference hash (dHash) of an RGB image, 8 × 8 comparisons of neighbouring cells as 16 hex digits, and its
+    thumbnail of 8 × 8 RGB pixels."""
+    # Whole pixels are averaged first, which is fast; the last of them are cut by the image's edge.
+    factor = max(1, min(image.size) // HASHED_SIDE)
+    small, box = image.reduce(factor), (0, 0, image.width / factor, image.height / factor)
+    cells = small.resize((HASH_SIDE + 1, HASH_SIDE), Image.Resampling.BOX, box=box)
+    thumbnail = small.resize((HASH_SIDE, HASH_SIDE), Image.Resampling.BOX, box=box)
+    pixels = cells.convert("L").tobytes()
     bits = 0
     for row in range(HASH_SIDE):
         line = pixels[row * (HASH_SIDE + 1) : (row + 1) * (HASH_SIDE + 1)]
         for left, right in itertools.pairwise(line):
             bits = bits << 1 | (right > left)
-    return f"{bits:0{HASH_SIDE * HASH_SIDE // 4}x}"
+    return f"{bits:0{HASH_SIDE * HASH_SIDE // 4}x}", thumbnail.tobytes()
 
 
 def _open(data: bytes) -> Image.Image:
