@@ -117,6 +117,9 @@ def build(
     scrub: Annotated[
         bool, typer.Option("--scrub", help="Take e-mail addresses, phone numbers and URLs out of captions.")
     ] = False,
+    executor: Annotated[
+        str, typer.Option(help="local, or ray: the cluster at RAY_ADDRESS, else one started on this machine.")
+    ] = "local",
     overwrite: Annotated[bool, typer.Option(help="Remove a dataset that is already there.")] = False,
     workers: WorkersOption = CORES,
 ) -> None:
@@ -124,11 +127,14 @@ def build(
     from data_prep import build as builder
     from data_prep import manifest
     from data_prep.captions import TextRules
+    from data_prep.executor import EXECUTORS
     from data_prep.locations import remove_tree
     from data_prep.shards import BUILD
     from data_prep.sources import ReadOptions, parse
 
     pairs = parse(sources)
+    if executor not in EXECUTORS:
+        raise DataError(f"--executor {executor!r}: choose one of {', '.join(EXECUTORS)}.")
     if resize != "none" and not (resize.isdigit() and int(resize)):
         raise DataError(f"--resize {resize!r}: give a number of pixels, or none.")
     if overwrite and out.exists():
@@ -145,6 +151,7 @@ def build(
         licenses=tuple(license or ()),
         rules=TextRules(min_words, yes_no_cap, scrub),
         hold_out=tuple(map(_share, hold_out or ())),
+        executor=executor,
         workers=workers,
     )
     reading = ReadOptions(
@@ -153,7 +160,7 @@ def build(
         restval=restval,
     )
     with _progress() as advance:
-        dataset = builder.build(pairs, out, options, reading, advance)
+        dataset = builder.build(pairs, out, options, reading, advance, console.print)
     _show(dataset)
 
 

@@ -22,6 +22,7 @@ from typing import Any
 
 from data_prep import executor, manifest
 from data_prep.captions import TextRules
+from data_prep.estimate import estimate
 from data_prep.intake import Intake, take
 from data_prep.leakage import HeldOut
 from data_prep.locations import appearing, is_local, remove_tree
@@ -35,7 +36,7 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Options:
-    """How a dataset is made; all but `workers` are written into its manifest.
+    """How a dataset is made; all but the last two are written into its manifest.
 
     Attributes:
         name: of the dataset.
@@ -46,7 +47,7 @@ class Options:
         licenses: licence ids that may train, as COCO numbers them; none means all, and also the unknown.
         rules: what is done to texts.
         hold_out: (split, share) pairs: that much of the images without splits becomes the evaluation set NAME_SPLIT.
-        workers: processes.
+        executor, workers: what does the work (`data_prep.executor`), and how many processes of this machine.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Options:
     licenses: tuple[int, ...] = ()
     rules: TextRules = field(default_factory=TextRules)
     hold_out: tuple[tuple[str, float], ...] = ()
+    executor: str = "local"
     workers: int = 1
 
 
@@ -111,12 +113,14 @@ def build(
     options: Options,
     reading: ReadOptions,
     progress: Progress = lambda stage, done, total: None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> manifest.Dataset:
-    """Build a dataset, or finish one that was cut off; `progress` hears of (stage, images done, images in all).
+    """Build a dataset, or finish one that was cut off; `progress` hears of (stage, images done, images in all), `say`
+    of what it will take.
 
     Raises:
         DataError: a source is missing or malformed or has no records, two of them contradict each other, or `out` holds
-            something else: files of other origin, or a dataset that other sources or options made.
+            something else (files of other origin, or a dataset that other sources or options made) or has no room.
     """
     if not 1 <= options.samples_per_shard <= 10_000:
         raise DataError(
@@ -126,7 +130,7 @@ def build(
     scratch = _scratch(out)
     shutil.rmtree(scratch, ignore_errors=True)
     reading = dataclasses.replace(reading, spill=scratch / "spill")
-    with executor.processes(options.workers) as cores:
+    with executor.EXECUTORS[options.executor](options.workers) as cores:
         shares = {Evaluation(f"{options.name}_{split}", "retrieval"): share for split, share in options.hold_out}
         intake = take(pairs, reading, shares, options.seed, scratch, cores)
         if not intake.read:
@@ -139,6 +143,8 @@ def build(
             return manifest.read(out)
         manifest.write_atomically(out / BUILD / ORIGIN, json.dumps({"origin": origin}).encode())
 
+        images = intake.held_out.count + intake.train.count
+        say(estimate(intake.some_records(), images, out, options.resize, options.workers))
         scratch.mkdir(parents=True, exist_ok=True)
         tally = Tally(scratch / "dropped.jsonl")
         # Evaluation sets first: what they hold decides what may train.
@@ -246,7 +252,7 @@ def _parts(records: Iterator[Record], size: int) -> Iterator[tuple[Record, ...]]
 
 
 def _run(
-    stage: str, tasks: Iterator[Task], total: int, tally: Tally, cores: executor.Processes, progress: Progress
+    stage: str, tasks: Iterator[Task], total: int, tally: Tally, cores: executor.Executor, progress: Progress
 ) -> None:
     """Make shards; `total` counts records before any were merged or held out."""
     done = 0
@@ -307,5 +313,5 @@ def _describe(evaluation_sets: Iterable[Evaluation], shards: Iterable[Shard]) ->
 
 def _recorded(options: Options, reading: ReadOptions) -> dict[str, Any]:
     recorded = dataclasses.asdict(options) | dataclasses.asdict(reading)
-    del recorded["workers"], recorded["spill"]  # the bytes do not depend on them
+    del recorded["executor"], recorded["workers"], recorded["spill"]  # the bytes do not depend on them
     return recorded

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data_prep import leakage, sources
-from data_prep.executor import Processes
+from data_prep.executor import Executor
 from data_prep.locations import read_bytes
 from data_prep.record import DataError, Evaluation, Record
 from data_prep.sources import ReadOptions
@@ -61,6 +61,12 @@ class Intake:
                     drop(record, "held_out_id")
             yield from sorted(_merged(records), key=lambda record: place(self.seed, record.image_id))
 
+    def some_records(self) -> Iterator[Record]:
+        """Records as they will come, train or else evaluation ones."""
+        lines = itertools.chain.from_iterable(map(self.train.lines, range(STRETCHES)))
+        held_out = itertools.chain.from_iterable(map(self.held_out.lines, range(len(self.evaluation_sets))))
+        return map(from_line, itertools.chain(lines, held_out))
+
     def add(self, record: Record) -> str:
         """Put a record where it belongs, and return its line."""
         line = to_line(record)
@@ -86,7 +92,7 @@ def take(
     hold_out: Mapping[Evaluation, float],
     seed: int,
     folder: Path,
-    cores: Processes,
+    cores: Executor,
 ) -> Intake:
     """Read all sources.
 
@@ -109,7 +115,7 @@ def take(
     return intake
 
 
-def _by_lot(records: Iterable[Record], shares: Mapping[Evaluation, float], cores: Processes) -> Iterator[Record]:
+def _by_lot(records: Iterable[Record], shares: Mapping[Evaluation, float], cores: Executor) -> Iterator[Record]:
     """Draw evaluation sets from undivided records, by their images' bytes: copies of an image share its fate."""
     chunks = iter(lambda: tuple(itertools.islice(records, LOT)), ()) if isinstance(records, Iterator) else ()
     bounds = list(zip(shares, itertools.accumulate(shares.values()), strict=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -134,6 +135,15 @@ def test_workers_do_not_change_a_byte(sources, built, tmp_path):
     assert layouts.tree(out) == layouts.tree(built)
 
 
+def test_ray_does_not_change_a_byte(sources, built, tmp_path, tmp_path_factory, monkeypatch):
+    """Embedded Ray, on real worker processes."""
+    # Ray leaves its working folder behind in the user's temporary one.
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path_factory.mktemp("r")))
+    out = tmp_path / "mixed"
+    assert build(*sources, "--out", out, "--samples-per-shard", 10, "--executor", "ray", workers=2) == 0
+    assert layouts.tree(out) == layouts.tree(built)
+
+
 def test_the_seed_changes_the_order_and_not_the_samples(sources, built, tmp_path):
     out = tmp_path / "mixed"
     assert build(*sources, "--out", out, "--samples-per-shard", 10, "--seed", 1) == 0
@@ -258,6 +268,17 @@ def test_resize_is_applied_and_wrong_values_are_named(tmp_path, capsys):
         assert build(f"table={source}", "--out", tmp_path / "no", f"--resize={value}") == 2
         assert value in capsys.readouterr().err
     assert not (tmp_path / "no").exists()
+
+
+def test_what_it_takes_is_said_first_and_too_little_room_is_refused(tmp_path, capsys, monkeypatch):
+    table = layouts.table(tmp_path / "t.csv", 30)
+    assert build(f"table={table}", "--out", tmp_path / "a") == 0
+    assert "30 images: about 0.00 GB and 0 minutes" in capsys.readouterr().err
+    full = shutil.disk_usage(tmp_path)._replace(free=10_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
+    assert build(f"table={table}", "--out", tmp_path / "b") == 2
+    assert "0.00 GB are free there" in capsys.readouterr().err
+    assert not (tmp_path / "b/train").exists()
 
 
 def test_two_tables_that_call_different_files_by_one_name_are_refused(tmp_path, capsys):
