@@ -254,7 +254,7 @@ def vocabulary(
     found = trainer.train(data, out, size=size, kind=type)
     console.print(
         f"{out}: {found.pieces} pieces; {found.texts} texts, {found.tokens_per_text:.1f} tokens each, "
-        f"{found.unknown_rate:.4%} unknown",
+        f"{found.covered:.2%} of them wholly covered, {found.unknown_rate:.4%} of the pieces unknown",
         soft_wrap=True,
     )
 

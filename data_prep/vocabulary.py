@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,14 +13,22 @@ from data_prep.record import TRAIN, DataError
 
 # eos is not 2: transformers' CLIPModel takes an eos id of 2 for a sign of old models and pools another token.
 PAD, UNK, BOS, EOS = 0, 1, 2, 3
+# Of more texts than this, every second, every third … is taken: SentencePiece holds them in memory.
+MAX_TEXTS = 2_000_000
 
 
 @dataclass(frozen=True)
 class Coverage:
-    """What a vocabulary does to the texts that it was trained on."""
+    """What a vocabulary does to the texts that it was trained on.
+
+    Attributes:
+        covered: share of the texts that have no unknown piece.
+        unknown_rate: share of the pieces that are unknown.
+    """
 
     pieces: int
     texts: int
+    covered: float
     unknown_rate: float
     tokens_per_text: float
 
@@ -40,11 +49,12 @@ def train(data: Path, out: Path, *, size: int, kind: str) -> Coverage:
     """
     import sentencepiece
 
-    corpus = list(texts(manifest.read(data)))
+    dataset = manifest.read(data)
+    stride = 1 + sum(shard.captions for shard in dataset.split(TRAIN)) // MAX_TEXTS
     buffer = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(corpus),
+            sentence_iterator=itertools.islice(texts(dataset), 0, None, stride),
             model_writer=buffer,
             vocab_size=size,
             model_type=kind,
@@ -61,13 +71,18 @@ def train(data: Path, out: Path, *, size: int, kind: str) -> Coverage:
         )
     except RuntimeError as error:
         raise DataError(
-            f"{data}: SentencePiece cannot make {size} {kind} pieces of {len(corpus)} texts: {error} "
-            "Choose another --size."
+            f"{data}: SentencePiece cannot make {size} {kind} pieces of its train texts: {error} Choose another --size."
         ) from None
     out.parent.mkdir(parents=True, exist_ok=True)
     manifest.write_atomically(out, buffer.getvalue())
     model = sentencepiece.SentencePieceProcessor(model_proto=buffer.getvalue())
-    encoded = model.encode(corpus)
-    tokens = sum(map(len, encoded))
-    unknown = sum(ids.count(UNK) for ids in encoded)
-    return Coverage(model.vocab_size(), len(corpus), unknown / max(tokens, 1), tokens / max(len(corpus), 1))
+    count = tokens = unknown = covered = 0
+    for text in itertools.islice(texts(dataset), 0, None, stride):
+        ids = model.encode(text)
+        count += 1
+        tokens += len(ids)
+        unknown += ids.count(UNK)
+        covered += UNK not in ids
+    return Coverage(
+        model.vocab_size(), count, covered / max(count, 1), unknown / max(tokens, 1), tokens / max(count, 1)
+    )

@@ -45,6 +45,14 @@ def test_the_same_data_gives_the_same_model(data, tmp_path, kind, capsys):
     assert "tokens each" in said
 
 
+def test_of_too_many_texts_an_even_part_is_taken(data, tmp_path, monkeypatch):
+    whole = vocabulary.train(data, tmp_path / "a.model", size=32, kind="bpe")
+    monkeypatch.setattr(vocabulary, "MAX_TEXTS", 6)
+    part = vocabulary.train(data, tmp_path / "b.model", size=32, kind="bpe")
+    assert (whole.texts, part.texts) == (17, 6)
+    assert whole.covered == 1
+
+
 def test_a_size_that_the_texts_do_not_yield_is_the_users_to_change(data, tmp_path, capsys):
     assert main(["vocabulary", str(data), "--out", str(tmp_path / "x"), "--size", "5000", "--type", "bpe"]) == 2
     assert "--size" in capsys.readouterr().err
