@@ -256,8 +256,7 @@ def _run(
 ) -> None:
     """Make shards; `total` counts records before any were merged or held out."""
     done = 0
-    given, making = itertools.tee(tasks)
-    for task, made in zip(given, cores.map(make, making), strict=True):
+    for task, made in executor.with_tasks(cores, make, tasks):
         tally.add(task, made)
         done += len(task.records)
         progress(stage, done, total)

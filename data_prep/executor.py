@@ -70,6 +70,21 @@ def _in_order(
         under_way.extend(submit(task) for task in itertools.islice(remaining, 1))
 
 
+def with_tasks(
+    executor: Executor, function: Callable[[Task], Result], tasks: Iterable[Task]
+) -> Iterator[tuple[Task, Result]]:
+    """(task, function(task)) for each task; a task is let go with its result (itertools.tee would keep 57)."""
+    under_way: deque[Task] = deque()
+
+    def remembered() -> Iterator[Task]:
+        for task in tasks:
+            under_way.append(task)
+            yield task
+
+    for result in executor.map(function, remembered()):
+        yield under_way.popleft(), result
+
+
 @contextmanager
 def processes(workers: int) -> Iterator[Executor]:
     """Processes that several maps share, since each loads its libraries once."""

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data_prep import leakage, sources
+from data_prep import executor, leakage, sources
 from data_prep.executor import Executor
 from data_prep.locations import read_bytes
 from data_prep.record import DataError, Evaluation, Record
@@ -115,12 +115,11 @@ def take(
     return intake
 
 
-def _by_lot(records: Iterable[Record], shares: Mapping[Evaluation, float], cores: Executor) -> Iterator[Record]:
+def _by_lot(records: Iterator[Record], shares: Mapping[Evaluation, float], cores: Executor) -> Iterator[Record]:
     """Draw evaluation sets from undivided records, by their images' bytes: copies of an image share its fate."""
-    chunks = iter(lambda: tuple(itertools.islice(records, LOT)), ()) if isinstance(records, Iterator) else ()
+    chunks = iter(lambda: tuple(itertools.islice(records, LOT)), ())
     bounds = list(zip(shares, itertools.accumulate(shares.values()), strict=True))
-    kept, keeping = itertools.tee(chunks)
-    for chunk, lots in zip(kept, cores.map(_lots, keeping), strict=True):
+    for chunk, lots in executor.with_tasks(cores, _lots, chunks):
         for record, lot in zip(chunk, lots, strict=True):
             drawn = next((evaluation for evaluation, bound in bounds if lot < bound), None)
             yield dataclasses.replace(record, evaluation=drawn) if drawn else record

@@ -19,7 +19,7 @@ from data_prep.__main__ import main
 from data_prep.shards import BUILD
 from tests.data_prep import layouts
 
-MANY = 240
+MANY = 900
 
 
 def build(*arguments: object, workers: int = 1) -> int:
