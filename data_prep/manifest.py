@@ -174,7 +174,9 @@ def read_table(path: Path, columns: list[str] | None = None) -> list[dict[str, A
     import pyarrow.parquet as pq
 
     with path.open("rb") as file:
-        rows: list[dict[str, Any]] = pq.read_table(file, columns=columns).to_pylist()
+        # In this thread: pyarrow's own have been seen to abort the process at its end.
+        table = pq.ParquetFile(file, pre_buffer=False).read(columns=columns, use_threads=False)
+        rows: list[dict[str, Any]] = table.to_pylist()
     return rows
 
 

@@ -94,13 +94,13 @@ def _parquet_rows(path: Path, wanted: Sequence[str]) -> Iterator[dict[str, Any]]
     import pyarrow.parquet as pq
 
     with path.open("rb") as file:
-        yield from _batches(pq.ParquetFile(file), wanted)
+        yield from _batches(pq.ParquetFile(file, pre_buffer=False), wanted)
 
 
 def _batches(table: Any, wanted: Sequence[str]) -> Iterator[dict[str, Any]]:
     # Other columns may hold much. Where a wanted one is missing, the first row says so.
     columns = list(wanted) if set(wanted) <= set(table.schema_arrow.names) else None
-    for batch in table.iter_batches(batch_size=1_000, columns=columns):
+    for batch in table.iter_batches(batch_size=1_000, use_threads=False, columns=columns):
         yield from batch.to_pylist()
 
 
