@@ -12,7 +12,7 @@ CLUSTER ?= local
 PROCESSES ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo data verify tokenizer train evaluate export report submit test test-slow lint format clean
+.PHONY: help setup demo download data verify tokenizer train evaluate export report submit test test-slow lint format clean
 
 need = $(if $(value $(1)),,$(error $@ needs $(1)=…, such as `make $@ $(2)`))
 
@@ -31,6 +31,10 @@ $(STAMP): pyproject.toml constraints.txt
 demo: RUN ?= runs/demo
 demo: $(STAMP) ## everything on generated data, from nothing to a report: RUN=runs/demo SEED=0
 	$(BIN)/python -m launch demo --run "$(RUN)" --seed "$(SEED)" $(ARGS)
+
+download: $(STAMP) ## official archives, checked and unpacked: SOURCES="coco=/data/coco"
+	$(call need,SOURCES,SOURCES="coco=/data/coco")
+	$(BIN)/python -m data_prep download $(SOURCES) $(ARGS)
 
 data: $(STAMP) ## raw datasets → shards: SOURCES="coco=/data/coco vqa=/data/vqa" OUT=dir
 	$(call need,SOURCES,SOURCES="coco=/data/coco" OUT=dir)$(call need,OUT,SOURCES="coco=/data/coco" OUT=dir)

@@ -60,6 +60,37 @@ def sample(
 
 
 @app.command()
+def download(
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            help="What to download, and to which folder: coco (2017), coco_2014, coco_karpathy and vqa (texts; their "
+            "photos are coco_2014's, to be downloaded to the same folder).",
+            metavar="NAME=DIR…",
+        ),
+    ],
+    keep_archives: Annotated[
+        bool, typer.Option("--keep-archives", help="Keep the archives beside what was in them.")
+    ] = False,
+) -> None:
+    """Download official archives, check them, and unpack them; cut off at any point, the next call goes on."""
+    from data_prep import download as downloader
+
+    wanted: dict[Path, list[downloader.Archive]] = {}
+    for word in sources:
+        name, _, folder = word.partition("=")
+        if name == "flickr30k":
+            raise DataError("flickr30k is given out by request form only: ask for it, and unpack it yourself.")
+        if name not in downloader.SOURCES or not folder:
+            known = ", ".join(downloader.SOURCES)
+            raise DataError(f"{word!r}: write NAME=DIR, such as coco=/data/coco; known are {known}.")
+        wanted.setdefault(Path(folder), []).extend(downloader.SOURCES[name])
+    with _progress() as advance:
+        for path, archives in wanted.items():
+            downloader.fetch(archives, path, keep_archives=keep_archives, progress=advance)
+
+
+@app.command()
 def build(
     sources: Annotated[
         list[str],

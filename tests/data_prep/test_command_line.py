@@ -10,10 +10,11 @@ import pytest
 from data_prep import executor
 from data_prep.__main__ import main
 
+COMMANDS = ("download", "build", "verify", "check", "remove", "show", "vocabulary", "sample")
 HEAVY = {"torch", "pyarrow", "PIL", "numpy", "webdataset", "sentencepiece"}
 
 
-@pytest.mark.parametrize("command", [[], ["build"], ["verify"], ["vocabulary"], ["sample"], ["show"]])
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
 def test_help_loads_nothing_heavy(command):
     code = "import sys; from data_prep.__main__ import main; assert 'pydantic' not in sys.modules; "
     # Typer itself loads pydantic for a command's parameters.
