@@ -5,6 +5,7 @@ Commands import what they need when they run, so that `--help` answers at once.
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from data_prep.manifest import Dataset
 
 USER_MUST_ACT = 2
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 app = typer.Typer(
     help="Raw datasets in, verified and leak-free WebDataset shards out.",
@@ -296,6 +298,13 @@ def main(argv: list[str] | None = None) -> int:
         app(argv)
     except DataError as error:
         typer.echo(f"error: {error}", err=True)
+        return USER_MUST_ACT
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        typer.echo(
+            f"error: {error.strerror}: {error.filename or 'while writing'}. Make room, and run it again.", err=True
+        )
         return USER_MUST_ACT
     except SystemExit as exit_:
         return int(exit_.code or 0)

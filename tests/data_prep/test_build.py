@@ -211,6 +211,27 @@ def test_a_killed_build_leaves_no_seal_no_process_and_goes_on(tmp_path):
         assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns), f"{name} was made again"
 
 
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_full_disk_is_named_and_leaves_nothing_half_written(tmp_path, workers):
+    """A limit on file sizes, which the kernel keeps as it keeps a disk's end."""
+    source = layouts.table(tmp_path / "raw/t.csv", 40)
+    arguments = ["build", f"table={source}", "--samples-per-shard", "20", "--name", "x", "--workers", workers]
+
+    def run(out: Path, limit: int) -> subprocess.CompletedProcess[str]:
+        program = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); "
+        program += f"from data_prep.__main__ import main; raise SystemExit(main({[*arguments, '--out', str(out)]}))"
+        return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+
+    full = run(tmp_path / "out", 30_000)
+    assert full.returncode == 2, full.stderr
+    assert "error: File too large" in full.stderr
+    assert "Traceback" not in full.stderr
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.suffix in (".tar", ".tmp", ".sha256")]
+    assert run(tmp_path / "out", 10**9).returncode == 0
+    assert run(tmp_path / "undisturbed", 10**9).returncode == 0
+    assert layouts.tree(tmp_path / "out") == layouts.tree(tmp_path / "undisturbed")
+
+
 @pytest.fixture
 def cut_off(tmp_path, monkeypatch) -> tuple[Path, Path]:
     """A table, and a dataset of it whose build stopped just before the manifest."""
