@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -237,7 +236,7 @@ def cut_off(tmp_path, monkeypatch) -> tuple[Path, Path]:
     """A table, and a dataset of it whose build stopped just before the manifest."""
     source, out = layouts.table(tmp_path / "t.csv", 6), tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(manifest, "write", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        patch.setattr(manifest, "write", lambda *_: signal.raise_signal(signal.SIGINT))
         assert build(f"table={source}", "--out", out, "--samples-per-shard", 2) != 0
     return source, out
 
