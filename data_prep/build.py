@@ -171,7 +171,7 @@ def build(
                 # An image of two sources counts once, under both names.
                 "kept": dict(sorted(tally.kept.items())),
                 "dropped": {name: dict(sorted(counts.items())) for name, counts in sorted(tally.dropped.items())},
-                "scrubbed": dict(sorted(tally.scrubbed.items())),
+                "scrubbed": dict(sorted((+tally.scrubbed).items())),
             },
             "held_out_sha256": hashlib.sha256("\n".join([*sorted(ids), held_out.sha256()]).encode()).hexdigest(),
             "tools": {
