@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+PEERS := .peers
 
 SEED ?= 0
 RECIPE ?= demo
@@ -12,7 +13,7 @@ CLUSTER ?= local
 PROCESSES ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo download data verify tokenizer train evaluate export report submit test test-slow lint format clean
+.PHONY: help setup demo download data verify tokenizer train evaluate export report submit peers bench-data test test-slow lint format clean
 
 need = $(if $(value $(1)),,$(error $@ needs $(1)=…, such as `make $@ $(2)`))
 
@@ -68,6 +69,21 @@ submit: $(STAMP) ## train on several processes: CLUSTER=local PROCESSES=2 RECIPE
 	$(call need,DATA,RECIPE=name DATA=dir RUN=dir)$(call need,RUN,RECIPE=name DATA=dir RUN=dir)
 	$(BIN)/python -m launch submit --cluster "$(CLUSTER)" --processes "$(PROCESSES)" --recipe "$(RECIPE)" --data "$(DATA)" --run "$(RUN)" $(ARGS)
 
+peers: $(PEERS)/.installed ## neighbouring tools, over what .venv has, for tests and benchmarks
+
+# wandb is imported by img2dataset, and used only where it is asked for.
+$(PEERS)/.installed: tests/peers.txt $(STAMP)
+	rm -rf $(PEERS)
+	$(BIN)/python -m venv --without-pip $(PEERS)
+	$(BIN)/python -m pip --python $(PEERS)/bin/python install --quiet --disable-pip-version-check --no-deps -r tests/peers.txt
+	site=$$($(PEERS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
+	  $(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$$site/venv.pth"; touch "$$site/wandb.py"
+	@touch $@
+
+bench-data: $(STAMP) ## photos → shards, side by side with img2dataset: PHOTOS=dir
+	$(call need,PHOTOS,PHOTOS=dir)
+	$(BIN)/python -m tests.benchmarks.preparation --photos "$(PHOTOS)" $(ARGS)
+
 test: $(STAMP) ## all tests but the slow ones
 	$(BIN)/python -m pytest -m "not slow"
 
@@ -84,4 +100,4 @@ format: $(STAMP) ## put the code into house style
 	$(BIN)/ruff format .
 
 clean: ## remove .venv, caches and the demo run
-	rm -rf $(VENV) runs/demo .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) $(PEERS) runs/demo .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
