@@ -176,7 +176,7 @@ def build(
             "held_out_sha256": hashlib.sha256("\n".join([*sorted(ids), held_out.sha256()]).encode()).hexdigest(),
             "tools": {
                 "python": platform.python_version(),
-                **{name: importlib.metadata.version(name) for name in ("pillow", "pyarrow", "webdataset")},
+                **{name: importlib.metadata.version(name) for name in ("pillow", "pyarrow")},
             },
         },
         tally.shards,

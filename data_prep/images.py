@@ -69,8 +69,16 @@ def prepare(data: bytes, resize: int | None) -> StoredImage:
         # Broken EXIF warns, image by image; and the pixel limit is ours, checked before a pixel is decoded.
         warnings.simplefilter("ignore")
         image = _open(data)
+        size = image.size
+        if resize is None and image.mode == "RGB":
+            # Every byte of a JPEG is read, but fewer pixels are made of them, where only hashes are taken. (An image
+            # that has to be turned or converted is decoded again below.)
+            image.draft("RGB", (HASHED_SIDE, HASHED_SIDE))
         ready = _decode(image)
-    original_width, original_height = ready.size
+        if image.size != size and ready is not image:
+            image = _open(data)
+            ready = _decode(image)
+    original_width, original_height = size if ready is image else ready.size
     if resize and min(ready.size) > resize:
         scale = resize / min(ready.size)
         ready = ready.resize((round(ready.width * scale), round(ready.height * scale)), SHRINKING)
@@ -85,8 +93,8 @@ def prepare(data: bytes, resize: int | None) -> StoredImage:
     return StoredImage(
         data=stored,
         extension=extension,
-        width=ready.width,
-        height=ready.height,
+        width=original_width if stored is data else ready.width,
+        height=original_height if stored is data else ready.height,
         original_width=original_width,
         original_height=original_height,
         sha256=original_sha256 if stored is data else hashlib.sha256(stored).hexdigest(),

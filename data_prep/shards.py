@@ -10,6 +10,7 @@ import functools
 import hashlib
 import io
 import json
+import tarfile
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -97,12 +98,10 @@ def make(task: Task) -> Made:
         where = {"image_id": record.image_id, "source": record.source, "split": record.split}
         dropped.append({**where, "reason": reason, "detail": detail})
 
-    import webdataset as wds  # loads torch where it is installed, so only where tars are written
-
     path = task.out / task.tar
     held_out = _held_out(task.out / BUILD / HELD_OUT, task.held_out) if task.held_out else HeldOut()
     with appearing(path) as file:
-        with wds.TarWriter(file, encoder=False, mtime=0, user="", group="", mode=0o644) as tar:
+        with tarfile.open(fileobj=file, mode="w|") as tar:
             for key, record in zip(task.keys, task.records, strict=True):
                 cleaned = clean_texts(record, task.rules)
                 scrubbed.update(cleaned.scrubbed)
@@ -119,7 +118,10 @@ def make(task: Task) -> Made:
                 if leak := held_out.reason_against(image):
                     drop(record, leak)
                     continue
-                tar.write({"__key__": key, image.extension: image.data, **members(record, cleaned, image)})
+                for extension, data in sorted({image.extension: image.data, **members(record, cleaned, image)}.items()):
+                    info = tarfile.TarInfo(f"{key}.{extension}")
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
                 rows.append(_row(key, record, cleaned, image, task.rules.scrub))
                 if record.evaluation:
                     files |= {image.sha256, image.original_sha256}
