@@ -21,6 +21,8 @@ SCHEMA_VERSION = 1
 MANIFEST, SEAL, SHARDS = "manifest.json", "manifest.sha256", "shards.parquet"
 # What a removal of samples is about to change; there only while it does.
 REMOVAL = "removal.json"
+# A page about the dataset, where `python -m data_prep report` has written one.
+PAGE = "report.html"
 
 
 @dataclass(frozen=True)

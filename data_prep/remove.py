@@ -98,7 +98,8 @@ def _journal(dataset: Dataset, shards: list[Shard], changed: list[str], lines: l
         "changed": changed,
         "shards": [dataclasses.asdict(shard) for shard in shards],
         "manifest": {name: value for name, value in content.items() if name not in ("schema_version", "files")},
-        "files": [name for name in content["files"] if name != manifest.SHARDS],
+        # The page shows pictures: it goes, and `report` writes another.
+        "files": [name for name in content["files"] if name not in (manifest.SHARDS, manifest.PAGE)],
         "quarantine": (dataset.path / "quarantine.jsonl").read_text(encoding="utf-8")
         + "".join(json.dumps(line) + "\n" for line in lines),
     }
@@ -113,6 +114,7 @@ def _apply(path: Path) -> None:
         for name in (shard, manifest.table_of(shard)):
             if (path / (name + NEW)).is_file():
                 (path / (name + NEW)).replace(path / name)
+    (path / manifest.PAGE).unlink(missing_ok=True)
     shards = [Shard(**row) for row in journal["shards"]]
     sizes = {Path(shard.name).name: shard.samples for shard in shards if shard.split == TRAIN}
     if sizes:
