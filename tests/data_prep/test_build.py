@@ -235,8 +235,12 @@ def test_a_full_disk_is_named_and_leaves_nothing_half_written(tmp_path, workers)
 def cut_off(tmp_path, monkeypatch) -> tuple[Path, Path]:
     """A table, and a dataset of it whose build stopped just before the manifest."""
     source, out = layouts.table(tmp_path / "t.csv", 6), tmp_path / "out"
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as patch:
-        patch.setattr(manifest, "write", lambda *_: signal.raise_signal(signal.SIGINT))
+        patch.setattr(manifest, "write", interrupt)
         assert build(f"table={source}", "--out", out, "--samples-per-shard", 2) != 0
     return source, out
 
