@@ -226,11 +226,20 @@ def floor(photos: list[Path], load: Callable[[], Shrink]) -> Result:
     """The fewest steps that the task allows, in as many processes, all of which are ready when the clock starts."""
     ready = CONTEXT.Barrier(WORKERS + 1)
     begin = time.perf_counter()
-    with CONTEXT.Pool(WORKERS, get_ready, (ready, load)) as pool:
+    with pool_of(get_ready, (ready, load)) as pool:
         ready.wait()
         started = time.perf_counter()
         processor = sum(pool.map(shrink_all, [photos[rank::WORKERS] for rank in range(WORKERS)], chunksize=1))
         return Result(Cost(started - begin, 0), Cost(time.perf_counter() - started, processor))
+
+
+@contextmanager
+def pool_of(initializer: Callable[..., None] | None = None, arguments: tuple[Any, ...] = ()) -> Iterator[Any]:
+    """Processes that have ended when the context has: else their seconds would count as those of whoever runs next."""
+    with CONTEXT.Pool(WORKERS, initializer, arguments) as pool:
+        yield pool
+        pool.close()
+        pool.join()
 
 
 def get_ready(barrier: Any, load: Callable[[], Shrink]) -> None:
@@ -258,7 +267,7 @@ def cut(source: Path, out: Path, count: int) -> list[Path]:
     found = [path for path in found if max(size_of(path)) >= WIDTH] or found
     out.mkdir()
     tasks = [(found[number % len(found)], number // len(found), out / f"{number:06d}.jpg") for number in range(count)]
-    with CONTEXT.Pool(WORKERS) as pool:
+    with pool_of() as pool:
         pool.starmap(cut_one, tasks)
     return [path for _, _, path in tasks]
 
