@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.images import HASH_SIDE, StoredImage
+from data_prep.locations import open_file
 from data_prep.manifest import write_atomically
 
 # Two images are the same photo if their difference hashes differ in at most so many of 64 bits, and no value of their
@@ -70,7 +71,7 @@ class HeldOut:
 
     @classmethod
     def load(cls, path: Path) -> HeldOut:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as content:
+        with open_file(path) as file, np.load(file, allow_pickle=False) as content:
             pairs = zip(content["hashes"].tolist(), content["thumbnails"], strict=True)
             looks = tuple((f"{number:016x}", thumbnail.tobytes()) for number, thumbnail in pairs)
             return cls(frozenset(name.tobytes().hex() for name in content["files"]), looks)

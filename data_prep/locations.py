@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, Any, TypeVar, cast
 
 from data_prep.record import DataError
 
 SCHEMES = ("s3", "gs", "hf", "http", "https")
+# A remote read is tried so often, after waits of 0.5, 1, 2 and 4 s.
+TRIES, WAIT_S = 5, 0.5
+# Bytes that a remote file is read ahead.
+BUFFER = 1 << 20
+# What another try would not change.
+FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+
+T = TypeVar("T")
 
 
 def path_of(text: str) -> Path:
@@ -36,13 +46,119 @@ def is_local(path: Path) -> bool:
     return isinstance(path, os.PathLike)
 
 
+def exists(path: Path) -> bool:
+    """Whether a file or folder is there; a server that fails at times is asked again."""
+    if is_local(path):
+        return path.exists()
+    try:
+        size_of(path)
+    except FileNotFoundError:
+        return path.exists()  # a folder
+    return True
+
+
 def read_bytes(path: Path, span: tuple[int, int] | None = None) -> bytes:
-    """A file's bytes, or those of a span: (first byte, number of bytes)."""
-    if span is None:
-        return path.read_bytes()
-    with path.open("rb") as file:
-        file.seek(span[0])
-        return file.read(span[1])
+    """A file's bytes, or those of a span: (first byte, number of bytes). Remote ones are all there, or it is an error.
+
+    Raises:
+        OSError: the file cannot be read.
+        DataError: a remote one failed, or came short, TRIES times.
+    """
+    if is_local(path):
+        if span is None:
+            return path.read_bytes()
+        with path.open("rb") as file:
+            file.seek(span[0])
+            return file.read(span[1])
+    size = size_of(path)
+    first, length = span or (0, size)
+    if size is None or length is None:
+        return retried(path, lambda: fs_of(path).cat_file(_address(path)))  # nothing to compare with
+    last = min(first + length, size)
+
+    def read() -> bytes:
+        content: bytes = fs_of(path).cat_file(_address(path), start=first, end=last) if last > first else b""
+        if len(content) == size:  # also of a server that knows no ranges
+            content = content[first:last]
+        if len(content) != max(last - first, 0):
+            raise ConnectionError(f"asked for {last - first} bytes from {first}, got {len(content)}")
+        return content
+
+    return retried(path, read)
+
+
+def open_file(path: Path) -> IO[bytes]:
+    """A file to read and to seek in; a remote one is read through `read_bytes`, block by block."""
+    if is_local(path):
+        return path.open("rb")
+    size = size_of(path)
+    return io.BytesIO(read_bytes(path)) if size is None else io.BufferedReader(_Remote(path, size), BUFFER)
+
+
+class _Remote(io.RawIOBase):
+    def __init__(self, path: Path, size: int) -> None:
+        self._path, self._size, self._at = path, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        content = read_bytes(self._path, (self._at, len(buffer))) if self._at < self._size else b""
+        buffer[: len(content)] = content
+        self._at += len(content)
+        return len(content)
+
+
+def size_of(path: Path) -> int | None:
+    """A remote file's bytes, None where its server does not say."""
+    size: int | None = retried(path, lambda: fs_of(path).info(_address(path)).get("size"))
+    return size
+
+
+def fs_of(path: Path) -> Any:
+    """The fsspec file system of a remote path."""
+    return path.fs  # type: ignore[attr-defined]
+
+
+def _address(path: Path) -> str:
+    return path.path  # type: ignore[attr-defined,no-any-return]
+
+
+def retried(path: Path, read: Callable[[], T]) -> T:
+    """What `read` returns, tried again after whatever may pass.
+
+    Raises:
+        OSError: what will not pass (FINAL).
+        DataError: anything else, TRIES times.
+    """
+    from tenacity import Retrying, before_sleep_log, retry_if_exception, stop_after_attempt, wait_exponential
+
+    trying = Retrying(
+        stop=stop_after_attempt(TRIES),
+        wait=wait_exponential(multiplier=WAIT_S),
+        retry=retry_if_exception(_may_pass),
+        before_sleep=before_sleep_log(logging.getLogger(__name__), logging.WARNING),
+        reraise=True,
+    )
+    try:
+        return trying(read)
+    except (*FINAL, DataError):
+        raise
+    except Exception as error:  # every file system has its own
+        raise DataError(f"{path}: cannot be fetched ({type(error).__name__}: {error}). Run it again later.") from error
+
+
+def _may_pass(error: BaseException) -> bool:
+    status = getattr(error, "status", None)  # aiohttp's
+    refused = isinstance(status, int) and 400 <= status < 500 and status not in (408, 429)
+    return isinstance(error, Exception) and not isinstance(error, (*FINAL, DataError)) and not refused
 
 
 def remove_tree(path: Path) -> None:
@@ -73,4 +189,4 @@ def appearing(path: Path) -> Iterator[IO[bytes]]:
     with tempfile.NamedTemporaryFile() as file:
         yield file
         file.flush()
-        path.fs.put_file(file.name, path.path)  # type: ignore[attr-defined]
+        fs_of(path).put_file(file.name, _address(path))

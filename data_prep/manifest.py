@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from data_prep.locations import appearing
+from data_prep.locations import appearing, open_file, read_bytes
 from data_prep.record import TRAIN, DataError, Kind
 
 SCHEMA_VERSION = 1
@@ -91,8 +91,8 @@ def read(path: Path) -> Dataset:
                 f"{path}: looked for {name} and found none. Either this is not a sharded dataset, or its build was "
                 "cut off: run the same `python -m data_prep build` again, it goes on where it stopped."
             )
-    text = (path / MANIFEST).read_bytes()
-    if (path / SEAL).read_bytes() != _seal(text):
+    text = read_bytes(path / MANIFEST)
+    if read_bytes(path / SEAL) != _seal(text):
         raise DataError(
             f"{path}: {MANIFEST} has sha256 {hashlib.sha256(text).hexdigest()}, and {SEAL} does not say so. One of the "
             "two was changed or damaged: restore it from a copy, or build the dataset again with --overwrite."
@@ -157,7 +157,7 @@ def verify(path: Path, progress: Callable[[int], None] = lambda _: None) -> list
 
 def sha256(path: Path) -> str:
     """A file's sha256, in hex."""
-    with path.open("rb") as file:
+    with open_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -175,7 +175,7 @@ def read_table(path: Path, columns: list[str] | None = None) -> list[dict[str, A
     """The rows of a Parquet file."""
     import pyarrow.parquet as pq
 
-    with path.open("rb") as file:
+    with open_file(path) as file:
         # In this thread: pyarrow's own have been seen to abort the process at its end.
         table = pq.ParquetFile(file, pre_buffer=False).read(columns=columns, use_threads=False)
         rows: list[dict[str, Any]] = table.to_pylist()

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from data_prep import manifest
 from data_prep.leakage import THUMBNAIL_BYTES, alike
+from data_prep.locations import open_file
 from data_prep.manifest import Dataset, Shard
 from data_prep.record import TRAIN
 
@@ -164,7 +165,7 @@ def _images(dataset: Dataset, shard: Shard, keys: set[str]) -> dict[str, str]:
     from PIL import Image
 
     found = {}
-    with (dataset.path / shard.name).open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+    with open_file(dataset.path / shard.name) as file, tarfile.open(fileobj=file, mode="r:") as tar:
         for member in tar:
             key, _, extension = member.name.partition(".")
             content = tar.extractfile(member) if key in keys and extension in ("jpg", "png", "webp") else None

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_prep.locations import path_of
+from data_prep.locations import exists, path_of
 from data_prep.record import DataError, Record
 
 # Name → module with `read(root, options)`; imported when asked for.
@@ -59,7 +59,7 @@ def parse(words: list[str]) -> list[tuple[str, Path]]:
             hint = f" Did you mean {close[0]}?" if close else ""
             raise DataError(f"source {name!r} is not known.{hint} Known are {', '.join([*READERS, 'sample'])}.")
         path = path_of(text)
-        if not path.exists():
+        if not exists(path):
             raise DataError(f"{word}: looked for {path.absolute()} and found nothing there.")
         pairs += [(reader, path / part) for reader, part in SAMPLE.items()] if name == "sample" else [(name, path)]
     return pairs

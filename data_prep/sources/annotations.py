@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from data_prep.locations import read_bytes
 from data_prep.record import DataError
 
 
@@ -18,7 +19,7 @@ def load_json(path: Path, *keys: str) -> dict[str, Any]:
         DataError: the file is missing, is not JSON, or lacks a key.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_bytes(path))
     except FileNotFoundError:
         raise DataError(f"{path}: looked for this annotation file and found none.") from None
     except ValueError as error:
@@ -36,7 +37,7 @@ def load_lines(path: Path) -> list[str]:
         DataError: the file is not UTF-8.
     """
     try:
-        return path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
+        return read_bytes(path).decode("utf-8-sig").replace("\r\n", "\n").removesuffix("\n").split("\n")
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 ({error}). Convert it.") from None
 

@@ -12,12 +12,14 @@ Where several annotation files are there, the first of this list is read.
 from __future__ import annotations
 
 import csv
+import io
 import json
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from data_prep.locations import open_file
 from data_prep.record import DataError, Evaluation, Record
 from data_prep.sources.annotations import entries_of, load_json, load_lines
 
@@ -66,7 +68,10 @@ def _rows(root: Path) -> dict[str, tuple[Evaluation | None, tuple[str, ...]]]:
                 for image in load_json(root / JSON, "images")["images"]
             }
     if (root / HF_CSV).is_file():
-        with entries_of(root / HF_CSV), (root / HF_CSV).open(encoding="utf-8-sig", newline="") as file:
+        with (
+            entries_of(root / HF_CSV),
+            io.TextIOWrapper(open_file(root / HF_CSV), "utf-8-sig", newline="") as file,
+        ):
             return {
                 row["filename"]: (SPLITS[row["split"]], tuple(json.loads(row["raw"]))) for row in csv.DictReader(file)
             }

@@ -6,12 +6,13 @@ Relative paths count from the table's folder. A Parquet column may hold the imag
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_prep.locations import path_of
+from data_prep.locations import open_file, path_of
 from data_prep.record import DataError, Record
 from data_prep.sources import ReadOptions
 
@@ -77,12 +78,12 @@ class Spill:
 
 
 def _csv_rows(path: Path, wanted: Sequence[str]) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
+    with io.TextIOWrapper(open_file(path), "utf-8-sig", newline="") as file:
         yield from csv.DictReader(file, dialect="excel-tab" if path.suffix.lower() == ".tsv" else "excel")
 
 
 def _jsonl_rows(path: Path, wanted: Sequence[str]) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8-sig") as file:
+    with io.TextIOWrapper(open_file(path), "utf-8-sig") as file:
         for number, line in enumerate(file, start=1):
             try:
                 yield dict(json.loads(line))
@@ -93,7 +94,7 @@ def _jsonl_rows(path: Path, wanted: Sequence[str]) -> Iterator[dict[str, Any]]:
 def _parquet_rows(path: Path, wanted: Sequence[str]) -> Iterator[dict[str, Any]]:
     import pyarrow.parquet as pq
 
-    with path.open("rb") as file:
+    with open_file(path) as file:
         yield from _batches(pq.ParquetFile(file, pre_buffer=False), wanted)
 
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from data_prep.locations import open_file
 from data_prep.record import DataError, Record
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
@@ -32,7 +33,7 @@ def read(root: Path, options: object = None) -> Iterator[Record]:
     Raises:
         DataError: no tar, one that is cut off or damaged, or a sample whose json cannot be read.
     """
-    tars = sorted([*root.glob("*.tar"), *root.glob("*/*.tar")]) if root.is_dir() else [root]
+    tars = [root] if root.suffix == ".tar" else sorted([*root.glob("*.tar"), *root.glob("*/*.tar")])
     if not tars:
         raise DataError(f"{root}: looked for *.tar and */*.tar and found none.")
     for tar in tars:
@@ -75,7 +76,7 @@ def _captions(about: dict[str, Any], sample: Sample) -> tuple[str, ...]:
 
 def _samples(path: Path) -> Iterator[tuple[str, Sample]]:
     """(key, members) of a tar, the members of a sample being neighbours as WebDataset wants them."""
-    with path.open("rb") as file:
+    with open_file(path) as file:
         key, sample = "", Sample()
         for name, first, size in _members(path, file):
             stem, _, extension = name.rpartition("/")[2].partition(".")

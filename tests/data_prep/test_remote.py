@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 from moto.server import ThreadedMotoServer
 
-from data_prep import manifest
+from data_prep import locations, manifest
 from data_prep.__main__ import main
-from data_prep.locations import path_of
+from data_prep.locations import open_file, path_of, read_bytes
+from data_prep.record import DataError
 from tests.data_prep import layouts
+from tests.servers import RESET, SHORT, UNAVAILABLE, serving
 
 
 @pytest.fixture
@@ -97,3 +99,58 @@ def test_tars_in_a_bucket_are_read_in_place(tmp_path, bucket):
     source = f"webdataset={bucket}/first/train"
     assert main(["build", source, "--out", str(tmp_path / "again"), "--workers", "2"]) == 0
     assert main(["verify", str(tmp_path / "again")]) == 0
+
+
+@pytest.fixture
+def no_waiting(monkeypatch):
+    monkeypatch.setattr(locations, "WAIT_S", 0.01)
+
+
+TROUBLE = [[UNAVAILABLE, UNAVAILABLE], [RESET], [SHORT], [SHORT, RESET, UNAVAILABLE]]
+
+
+@pytest.mark.parametrize("faults", TROUBLE, ids=" ".join)
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_failing_server_is_asked_again_until_all_bytes_are_there(tmp_path, no_waiting, faults, ranges):
+    content = bytes(range(256)) * 40
+    (tmp_path / "a.bin").write_bytes(content)
+    with serving(tmp_path) as server:
+        server.ranges = ranges
+        path = path_of(f"{server.url}/a.bin")
+        for span, expected in ((None, content), ((100, 5000), content[100:5100]), ((10_000, 999), content[10_000:])):
+            server.faults = [*faults]
+            assert read_bytes(path, span) == expected
+            assert not server.faults
+        server.faults = [*faults]
+        with open_file(path) as file:
+            assert file.seek(-3, 2) == len(content) - 3
+            assert (file.read(), file.seek(7), file.read(3)) == (content[-3:], 7, content[7:10])
+
+
+def test_a_server_that_keeps_failing_is_given_up_by_name_and_one_that_refuses_is_not_asked_again(tmp_path, no_waiting):
+    (tmp_path / "a.bin").write_bytes(b"abc")
+    with serving(tmp_path) as server:
+        server.faults = [SHORT] * 99
+        with pytest.raises(DataError, match=r"a\.bin: cannot be fetched .*Run it again later"):
+            read_bytes(path_of(f"{server.url}/a.bin"))
+        assert len(server.faults) == 99 - locations.TRIES
+        server.faults = []
+        with pytest.raises(FileNotFoundError):
+            read_bytes(path_of(f"{server.url}/b.bin"))
+
+
+def test_no_image_is_lost_to_a_server_that_fails_at_times(tmp_path, no_waiting):
+    layouts.coco(tmp_path / "c", {"train2017": list(range(1, 8))})
+    assert main(["build", f"coco={tmp_path / 'c'}", "--out", str(tmp_path / "first"), "--workers", "1"]) == 0
+    shard = "train/00000.tar"
+    with serving(tmp_path / "first") as server:
+        command = ["build", f"webdataset={server.url}/{shard}", "--workers", "1", "--resize", "64", "--name", "x"]
+        assert main([*command, "--out", str(tmp_path / "calm")]) == 0
+        server.faults = [UNAVAILABLE, "", RESET, "", SHORT] * 5
+        assert main([*command, "--out", str(tmp_path / "rough")]) == 0
+        assert not server.faults
+        assert content(tmp_path / "rough") == content(tmp_path / "calm")
+        # Nor does a lasting failure count as an image that is damaged.
+        server.faults = [SHORT] * 999
+        assert main([*command, "--out", str(tmp_path / "broken")]) == 2
+        assert not (tmp_path / "broken/manifest.sha256").exists()
