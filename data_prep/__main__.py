@@ -265,14 +265,6 @@ def remove(
 
 
 @app.command()
-def report(data: DataArgument) -> None:
-    """Write report.html beside a dataset: counts, distributions, pictures with their texts, near-duplicates."""
-    from data_prep import report as reporter
-
-    console.print(reporter.write(data), soft_wrap=True)
-
-
-@app.command()
 def show(data: DataArgument) -> None:
     """Print a dataset's splits, and what was kept and dropped."""
     from data_prep import manifest

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_prep import executor, manifest
+from data_prep import executor, manifest, report
 from data_prep.captions import TextRules
 from data_prep.estimate import estimate
 from data_prep.intake import Intake, take
@@ -157,31 +157,27 @@ def build(
         tasks = _train_tasks(records, out, options, held_out.sha256())
         _run("train", tasks, intake.train.count, tally, cores, progress)
 
-    described = _describe(intake.evaluation_sets.values(), tally.shards)
-    files = _write_side_files(out, intake.evaluation_sets.values(), tally)
-    manifest.write(
-        out,
-        {
-            "name": options.name,
-            "origin": origin,
-            "options": recorded,
-            "splits": described,
-            "counts": {
-                "read": dict(sorted(intake.read.items())),
-                # An image of two sources counts once, under both names.
-                "kept": dict(sorted(tally.kept.items())),
-                "dropped": {name: dict(sorted(counts.items())) for name, counts in sorted(tally.dropped.items())},
-                "scrubbed": dict(sorted((+tally.scrubbed).items())),
-            },
-            "held_out_sha256": hashlib.sha256("\n".join([*sorted(ids), held_out.sha256()]).encode()).hexdigest(),
-            "tools": {
-                "python": platform.python_version(),
-                **{name: importlib.metadata.version(name) for name in ("pillow", "pyarrow")},
-            },
+    content = {
+        "name": options.name,
+        "origin": origin,
+        "options": recorded,
+        "splits": _describe(intake.evaluation_sets.values(), tally.shards),
+        "counts": {
+            "read": dict(sorted(intake.read.items())),
+            # An image of two sources counts once, under both names.
+            "kept": dict(sorted(tally.kept.items())),
+            "dropped": {name: dict(sorted(counts.items())) for name, counts in sorted(tally.dropped.items())},
+            "scrubbed": dict(sorted((+tally.scrubbed).items())),
         },
-        tally.shards,
-        files,
-    )
+        "held_out_sha256": hashlib.sha256("\n".join([*sorted(ids), held_out.sha256()]).encode()).hexdigest(),
+        "tools": {
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in ("pillow", "pyarrow")},
+        },
+    }
+    files = _write_side_files(out, intake.evaluation_sets.values(), tally)
+    report.write(out, tally.shards, content)
+    manifest.write(out, content, tally.shards, [*files, manifest.PAGE])
     shutil.rmtree(scratch, ignore_errors=True)
     remove_tree(out / BUILD)
     return manifest.read(out)

@@ -73,7 +73,8 @@ def read_bytes(path: Path, span: tuple[int, int] | None = None) -> bytes:
     size = size_of(path)
     first, length = span or (0, size)
     if size is None or length is None:
-        return retried(path, lambda: fs_of(path).cat_file(_address(path)))  # nothing to compare with
+        found: bytes = retried(path, lambda: fs_of(path).cat_file(_address(path)))
+        return found  # there is no length to compare with
     last = min(first + length, size)
 
     def read() -> bytes:
@@ -87,7 +88,7 @@ def read_bytes(path: Path, span: tuple[int, int] | None = None) -> bytes:
     return retried(path, read)
 
 
-def open_file(path: Path) -> IO[bytes]:
+def open_file(path: Path) -> io.BufferedReader | io.BytesIO:
     """A file to read and to seek in; a remote one is read through `read_bytes`, block by block."""
     if is_local(path):
         return path.open("rb")

@@ -21,7 +21,7 @@ SCHEMA_VERSION = 1
 MANIFEST, SEAL, SHARDS = "manifest.json", "manifest.sha256", "shards.parquet"
 # What a removal of samples is about to change; there only while it does.
 REMOVAL = "removal.json"
-# A page about the dataset, where `python -m data_prep report` has written one.
+# A page about the dataset, for people.
 PAGE = "report.html"
 
 

@@ -14,7 +14,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from data_prep import manifest
+from data_prep import manifest, report
 from data_prep.locations import appearing, is_local
 from data_prep.manifest import Dataset, Shard
 from data_prep.record import TRAIN, DataError
@@ -35,6 +35,7 @@ def remove(path: Path, names: Collection[str]) -> Dataset:
         raise DataError(f"{path}: samples are removed from datasets on this machine only. Copy it here.")
     if (path / manifest.REMOVAL).is_file():
         _apply(path)
+    _discard(path)  # what a killed run left
     dataset = manifest.read(path)
     wanted, found = set(names), set()
     shards: list[Shard] = []
@@ -59,7 +60,7 @@ def remove(path: Path, names: Collection[str]) -> Dataset:
             where = {"image_id": row["image_id"], "source": row["source"], "split": shard.split}
             lines.append({**where, "reason": "removed", "detail": ""})
     if unknown := sorted(wanted - found):
-        _discard(path, changed)
+        _discard(path)
         raise DataError(
             f"{path}: {len(unknown)} of the names are not in it, such as {unknown[0]!r}; nothing was removed."
         )
@@ -98,8 +99,7 @@ def _journal(dataset: Dataset, shards: list[Shard], changed: list[str], lines: l
         "changed": changed,
         "shards": [dataclasses.asdict(shard) for shard in shards],
         "manifest": {name: value for name, value in content.items() if name not in ("schema_version", "files")},
-        # The page shows pictures: it goes, and `report` writes another.
-        "files": [name for name in content["files"] if name not in (manifest.SHARDS, manifest.PAGE)],
+        "files": [name for name in content["files"] if name != manifest.SHARDS],
         "quarantine": (dataset.path / "quarantine.jsonl").read_text(encoding="utf-8")
         + "".join(json.dumps(line) + "\n" for line in lines),
     }
@@ -114,17 +114,16 @@ def _apply(path: Path) -> None:
         for name in (shard, manifest.table_of(shard)):
             if (path / (name + NEW)).is_file():
                 (path / (name + NEW)).replace(path / name)
-    (path / manifest.PAGE).unlink(missing_ok=True)
     shards = [Shard(**row) for row in journal["shards"]]
     sizes = {Path(shard.name).name: shard.samples for shard in shards if shard.split == TRAIN}
     if sizes:
         manifest.write_atomically(path / "train/sizes.json", json.dumps(sizes).encode())
     manifest.write_atomically(path / "quarantine.jsonl", journal["quarantine"].encode())
+    report.write(path, shards, journal["manifest"])
     manifest.write(path, journal["manifest"], shards, journal["files"])
     (path / manifest.REMOVAL).unlink()
 
 
-def _discard(path: Path, changed: list[str]) -> None:
-    for shard in changed:
-        for name in (shard, manifest.table_of(shard)):
-            (path / (name + NEW)).unlink(missing_ok=True)
+def _discard(path: Path) -> None:
+    for new in path.rglob(f"*{NEW}"):
+        new.unlink()

@@ -9,7 +9,7 @@ import io
 import re
 import tarfile
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,19 +43,10 @@ class Pick:
     row: dict[str, Any] = field(compare=False)
 
 
-def write(path: Path) -> Path:
-    """Write a dataset's page beside it, and list it in the manifest.
-
-    Raises:
-        DataError: there is no whole dataset.
-    """
-    dataset = manifest.read(path)
+def write(path: Path, shards: Sequence[Shard], content: dict[str, Any]) -> None:
+    """Write the page of a dataset whose shards are there and whose manifest is about to be written."""
+    dataset = Dataset(path, content["name"], tuple(shards), (), content)
     manifest.write_atomically(path / manifest.PAGE, render(dataset).encode())
-    content = {name: value for name, value in dataset.manifest.items() if name not in ("schema_version", "files")}
-    manifest.write(
-        path, content, dataset.shards, [*(set(dataset.manifest["files"]) - {manifest.SHARDS}), manifest.PAGE]
-    )
-    return path / manifest.PAGE
 
 
 def render(dataset: Dataset) -> str:

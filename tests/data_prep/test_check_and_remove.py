@@ -81,7 +81,7 @@ def test_samples_are_gone_and_nothing_else_has_changed(dataset, tmp_path):
     assert changed == {
         *("train/00001.tar", "train/00001.parquet", "eval/flickr30k_test/test/0.tar", "shards.parquet"),
         *("eval/flickr30k_test/test/0.parquet", "train/sizes.json", "quarantine.jsonl"),
-        *("manifest.json", "manifest.sha256"),
+        *("manifest.json", "manifest.sha256", "report.html"),
     }
     assert keys(out / "train/00001.tar") == {"000010000", "000010002"}
     assert keys(out / "eval/flickr30k_test/test/0.tar") == {"s0000001"}
@@ -104,7 +104,7 @@ def test_an_unknown_name_changes_nothing(dataset, tmp_path, capsys):
     assert content(out) == content(dataset)
 
 
-@pytest.mark.parametrize("writes", range(14))
+@pytest.mark.parametrize("writes", range(15))
 def test_a_removal_that_is_cut_off_anywhere_is_finished_by_the_next(dataset, tmp_path, monkeypatch, writes):
     names = ["000010001", "flickr:50"]
     undisturbed = Path(shutil.copytree(dataset, tmp_path / "undisturbed"))

@@ -10,7 +10,7 @@ import pytest
 from data_prep import executor
 from data_prep.__main__ import main
 
-COMMANDS = ("download", "build", "verify", "check", "remove", "report", "show", "vocabulary", "sample")
+COMMANDS = ("download", "build", "verify", "check", "remove", "show", "vocabulary", "sample")
 HEAVY = {"torch", "pyarrow", "PIL", "numpy", "webdataset", "sentencepiece"}
 
 
