@@ -6,10 +6,11 @@ import base64
 import hashlib
 import heapq
 import io
+import itertools
 import re
 import tarfile
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ def render(dataset: Dataset) -> str:
     lengths: Counter[int] = Counter()
     sides: Counter[int] = Counter()
     words: Counter[str] = Counter()
-    pictures: dict[str, list[dict[str, Any]]] = {}
+    shown: dict[str, list[Pick]] = {}
     looks: list[Pick] = []
     for split in dict.fromkeys(shard.split for shard in dataset.shards):
         picks: list[Pick] = []
@@ -68,8 +69,10 @@ def render(dataset: Dataset) -> str:
                 words.update(word for text in texts for word in re.findall(r"[^\W\d_]+", text.lower()))
                 _keep_lowest(looks, pick, COMPARED)
             _keep_lowest(picks, pick, PICTURES.get(split, PICTURES_OF_OTHERS))
-        pictures[split] = _pictures(dataset, _in_order(picks))
+        shown[split] = _in_order(picks)
     groups = _near_duplicates(_in_order(looks))
+    shown_groups = [group[:GROUP_PICTURES] for group in groups[:GROUPS]]
+    images = _images(dataset, itertools.chain(*shown.values(), *shown_groups))
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, trim_blocks=True
     )
@@ -80,10 +83,10 @@ def render(dataset: Dataset) -> str:
         lengths=_histogram(lengths, "words a text"),
         sides=_histogram(sides, "shorter side, pixels"),
         words=words.most_common(WORDS),
-        pictures=pictures,
+        pictures={split: _pictures(picks, images) for split, picks in shown.items()},
         compared=len(looks),
         duplicates=sum(map(len, groups)),
-        groups=[_pictures(dataset, group[:GROUP_PICTURES]) for group in groups[:GROUPS]],
+        groups=[_pictures(picks, images) for picks in shown_groups],
         group_count=len(groups),
     )
 
@@ -134,39 +137,43 @@ def _near_duplicates(picks: list[Pick]) -> list[list[Pick]]:
     return sorted(found, key=lambda group: (-len(group), group[0].key))
 
 
-def _pictures(dataset: Dataset, picks: list[Pick]) -> list[dict[str, Any]]:
+def _pictures(picks: Sequence[Pick], images: dict[str, str]) -> list[dict[str, Any]]:
     """Key, first text and a small picture of each."""
-    wanted: dict[str, set[str]] = defaultdict(set)
-    for pick in picks:
-        wanted[pick.shard].add(pick.key)
-    shards = {shard.name: shard for shard in dataset.shards}
-    found = {name: _images(dataset, shards[name], keys) for name, keys in wanted.items()}
     return [
         {
             "key": pick.key,
             "text": next(iter([*pick.row["captions"], *pick.row["statements"]]), ""),
-            "image": found[pick.shard][pick.key],
+            "image": images[pick.key],
         }
         for pick in picks
     ]
 
 
-def _images(dataset: Dataset, shard: Shard, keys: set[str]) -> dict[str, str]:
-    """Key → a small JPEG, in base64."""
+def _images(dataset: Dataset, picks: Iterable[Pick]) -> dict[str, str]:
+    """Key → a small JPEG, in base64; each shard is gone through once, as far as the last picture wanted of it."""
     from PIL import Image
 
+    wanted: dict[str, set[str]] = defaultdict(set)
+    for pick in picks:
+        wanted[pick.shard].add(pick.key)
     found = {}
-    with open_file(dataset.path / shard.name) as file, tarfile.open(fileobj=file, mode="r:") as tar:
-        for member in tar:
-            key, _, extension = member.name.partition(".")
-            content = tar.extractfile(member) if key in keys and extension in ("jpg", "png", "webp") else None
-            if content:
+    for shard, keys in wanted.items():
+        with open_file(dataset.path / shard) as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            while keys:
+                member = tar.next()
+                assert member, f"{shard} has no image for {keys}"
+                key, _, extension = member.name.partition(".")
+                if key not in keys or extension not in ("jpg", "png", "webp"):
+                    continue
+                content = tar.extractfile(member)
+                assert content
                 with Image.open(io.BytesIO(content.read())) as image:
                     small = image.convert("RGB")
                 small.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
                 buffer = io.BytesIO()
                 small.save(buffer, "JPEG", quality=80)
                 found[key] = base64.b64encode(buffer.getvalue()).decode()
+                keys.remove(key)
     return found
 
 
