@@ -9,13 +9,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from data_prep.locations import appearing, open_file, read_bytes
 from data_prep.record import TRAIN, DataError, Kind
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pyarrow as pa
+    from numpy.typing import NDArray
 
 SCHEMA_VERSION = 1
 MANIFEST, SEAL, SHARDS = "manifest.json", "manifest.sha256", "shards.parquet"
@@ -37,6 +42,49 @@ class Shard:
     captions: int
 
 
+class Shards(Sequence[Shard]):
+    """Shards in order, as columns: a million of them take 120 MB, and processes that are forked share them."""
+
+    def __init__(self, table: pa.Table) -> None:
+        self.table = table
+
+    @staticmethod
+    def of(shards: Iterable[Shard]) -> Shards:
+        """Shards from objects."""
+        import pyarrow as pa
+
+        return Shards(pa.Table.from_pylist([asdict(shard) for shard in shards], schema=_columns()))
+
+    def __len__(self) -> int:
+        return self.table.num_rows  # type: ignore[no-any-return]
+
+    def __getitem__(self, index: int) -> Shard:  # type: ignore[override]
+        return Shard(**self.table.slice(range(len(self))[index], 1).to_pylist()[0])
+
+    def __iter__(self) -> Iterator[Shard]:
+        for batch in self.table.to_batches(max_chunksize=1024):
+            yield from (Shard(**row) for row in batch.to_pylist())
+
+    def numbers(self, column: str) -> NDArray[np.int64]:
+        """(shards,) the values of `bytes`, `samples` or `captions`."""
+        import numpy as np
+
+        return np.asarray(self.table.column(column), dtype=np.int64)
+
+    def of_split(self, name: str) -> Shards:
+        """Those of one split."""
+        import pyarrow as pa
+
+        return Shards(self.table.filter(pa.array(value == name for value in self.table.column("split").to_pylist())))
+
+    def fingerprint(self) -> str:
+        """sha256 over the ordered (shard sha256, samples) rows: the bytes that train, and nothing else."""
+        digest = hashlib.sha256()
+        for shard in self:
+            digest.update(f"{shard.sha256} {shard.samples}\n".encode())
+        return digest.hexdigest()
+
+
 @dataclass(frozen=True)
 class EvaluationSet:
     """A folder in CLIP_benchmark's layout; `samples` images."""
@@ -53,28 +101,25 @@ class Dataset:
 
     path: Path
     name: str
-    shards: tuple[Shard, ...]
+    shards: Shards
     evaluation_sets: tuple[EvaluationSet, ...]
     manifest: dict[str, Any]
 
-    def split(self, name: str) -> tuple[Shard, ...]:
+    def split(self, name: str) -> Shards:
         """The shards of a split, in order.
 
         Raises:
             DataError: there is none; the splits that there are, are named.
         """
-        found = tuple(shard for shard in self.shards if shard.split == name)
+        found = self.shards.of_split(name)
         if not found:
             known = sorted({shard.split for shard in self.shards})
             raise DataError(f"{self.path} has no split {name!r}. It has {', '.join(known) or 'no shards at all'}.")
         return found
 
     def fingerprint(self, name: str) -> str:
-        """sha256 over the split's ordered (shard sha256, samples) rows: the bytes that train, and nothing else."""
-        digest = hashlib.sha256()
-        for shard in self.split(name):
-            digest.update(f"{shard.sha256} {shard.samples}\n".encode())
-        return digest.hexdigest()
+        """That of a split."""
+        return self.split(name).fingerprint()
 
 
 def read(path: Path) -> Dataset:
@@ -114,7 +159,7 @@ def read(path: Path) -> Dataset:
         for name, known in manifest["splits"].items()
         if name != TRAIN
     )
-    return Dataset(path, manifest["name"], tuple(_read_shards(path / SHARDS)), sets, manifest)
+    return Dataset(path, manifest["name"], Shards(_read(path / SHARDS, _columns().names)), sets, manifest)
 
 
 def write(path: Path, manifest: dict[str, Any], shards: Iterable[Shard], files: Iterable[str]) -> None:
@@ -173,17 +218,25 @@ def _seal(manifest: bytes) -> bytes:
 
 def read_table(path: Path, columns: list[str] | None = None) -> list[dict[str, Any]]:
     """The rows of a Parquet file."""
+    rows: list[dict[str, Any]] = _read(path, columns).to_pylist()
+    return rows
+
+
+def _read(path: Path, columns: list[str] | None) -> pa.Table:
     import pyarrow.parquet as pq
 
     with open_file(path) as file:
         # In this thread: pyarrow's own have been seen to abort the process at its end.
-        table = pq.ParquetFile(file, pre_buffer=False).read(columns=columns, use_threads=False)
-        rows: list[dict[str, Any]] = table.to_pylist()
-    return rows
+        return pq.ParquetFile(file, pre_buffer=False).read(columns=columns, use_threads=False)
 
 
-def _read_shards(path: Path) -> list[Shard]:
-    return [Shard(**row) for row in read_table(path, [column.name for column in fields(Shard)])]
+def _columns() -> pa.Schema:
+    """The columns of a Shard."""
+    import pyarrow as pa
+
+    text, number = pa.string(), pa.int64()
+    types = {"split": text, "name": text, "bytes": number, "sha256": text, "samples": number, "captions": number}
+    return pa.schema(types)
 
 
 def _read_tables(path: Path) -> dict[str, str]:
@@ -195,10 +248,7 @@ def _write_shards(path: Path, shards: Iterable[Shard]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    text, number = pa.string(), pa.int64()
-    types = {"split": text, "name": text, "bytes": number, "sha256": text, "samples": number, "captions": number}
-    types["table_sha256"] = text
     rows = [asdict(shard) | {"table_sha256": sha256(path / table_of(shard.name))} for shard in shards]
     buffer = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist(rows, schema=pa.schema(types)), buffer)
+    pq.write_table(pa.Table.from_pylist(rows, schema=_columns().append(pa.field("table_sha256", pa.string()))), buffer)
     write_atomically(path / SHARDS, buffer.getvalue().to_pybytes())

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from data_prep import manifest
 from data_prep.leakage import THUMBNAIL_BYTES, alike
 from data_prep.locations import open_file
-from data_prep.manifest import Dataset, Shard
+from data_prep.manifest import Dataset, Shard, Shards
 from data_prep.record import TRAIN
 
 PICTURES = {TRAIN: 24}
@@ -46,7 +46,7 @@ class Pick:
 
 def write(path: Path, shards: Sequence[Shard], content: dict[str, Any]) -> None:
     """Write the page of a dataset whose shards are there and whose manifest is about to be written."""
-    dataset = Dataset(path, content["name"], tuple(shards), (), content)
+    dataset = Dataset(path, content["name"], Shards.of(shards), (), content)
     manifest.write_atomically(path / manifest.PAGE, render(dataset).encode())
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from data_prep import manifest
 from data_prep.__main__ import main
-from data_prep.manifest import Dataset, Shard
+from data_prep.manifest import Dataset, Shard, Shards
 from data_prep.record import DataError
 from tests.data_prep import layouts
 
@@ -106,7 +106,7 @@ SHARDS = st.lists(
 @given(SHARDS)
 def test_a_fingerprint_is_of_the_ordered_rows_and_nothing_else(shards):
     def fingerprint(some: list[Shard]) -> str | None:
-        dataset = Dataset(Path("x"), "x", tuple(some), (), {})
+        dataset = Dataset(Path("x"), "x", Shards.of(some), (), {})
         return dataset.fingerprint("train") if any(shard.split == "train" for shard in some) else None
 
     rows = [(shard.sha256, shard.samples) for shard in shards if shard.split == "train"]
