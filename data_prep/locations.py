@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, TypeVar, cast
+from typing import IO, Any, NamedTuple, TypeVar, cast
 
 from data_prep.record import DataError
 
@@ -75,8 +75,16 @@ def read_bytes(path: Path, span: tuple[int, int] | None = None) -> bytes:
     if size is None or length is None:
         found: bytes = retried(path, lambda: fs_of(path).cat_file(_address(path)))
         return found  # there is no length to compare with
-    last = min(first + length, size)
+    return _read_span(path, size, first, min(first + length, size))
 
+
+def read_blocks(path: Path, size: int, length: int) -> Iterator[bytes]:
+    """A remote file of `size` bytes in blocks of `length`, each tried again by itself."""
+    for first in range(0, size, length):
+        yield _read_span(path, size, first, min(first + length, size))
+
+
+def _read_span(path: Path, size: int, first: int, last: int) -> bytes:
     def read() -> bytes:
         content: bytes = fs_of(path).cat_file(_address(path), start=first, end=last) if last > first else b""
         if len(content) == size:  # also of a server that knows no ranges
@@ -119,8 +127,49 @@ class _Remote(io.RawIOBase):
 
 def size_of(path: Path) -> int | None:
     """A remote file's bytes, None where its server does not say."""
-    size: int | None = retried(path, lambda: fs_of(path).info(_address(path)).get("size"))
-    return size
+    return stat_file(path).size
+
+
+class File(NamedTuple):
+    """What is known of a file without reading it.
+
+    Attributes:
+        size: in bytes; None where its server does not say.
+        version: what changes when the file does: an ETag, or a time.
+    """
+
+    size: int | None
+    version: str
+
+
+def stat_file(path: Path) -> File:
+    """Size and version of a file.
+
+    Raises:
+        FileNotFoundError: it is not there.
+    """
+    if is_local(path):
+        return _stated(path.stat())
+    return _told(retried(path, lambda: fs_of(path).info(_address(path))))
+
+
+def list_files(folder: Path) -> dict[str, File]:
+    """The files of a folder, by name. Servers that list names only leave size and version open."""
+    if is_local(folder):
+        with os.scandir(folder) as entries:
+            return {entry.name: _stated(entry.stat()) for entry in entries if entry.is_file()}
+    found = retried(folder, lambda: fs_of(folder).ls(_address(folder), detail=True))
+    files = ((str(entry["name"]).rstrip("/"), entry) for entry in found if entry.get("type") != "directory")
+    return {name.rpartition("/")[2]: _told(entry) for name, entry in files}
+
+
+def _stated(status: os.stat_result) -> File:
+    return File(status.st_size, str(status.st_mtime_ns))
+
+
+def _told(info: dict[str, Any]) -> File:
+    tags = (info.get(name) for name in ("ETag", "etag", "blob_id", "Last-Modified", "LastModified", "mtime"))
+    return File(info.get("size"), str(next((tag for tag in tags if tag), "")))
 
 
 def fs_of(path: Path) -> Any:

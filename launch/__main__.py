@@ -42,7 +42,9 @@ def demo(
 @app.command()
 def submit(
     recipe: Annotated[str, typer.Option(help="A recipe's name or a .yaml file.")],
-    data: Annotated[Path, typer.Option(help="The sharded dataset to train on.")],
+    data: Annotated[
+        str, typer.Option(help="Sharded datasets to train on, each with its weight.", metavar="DIR[@WEIGHT]…")
+    ],
     run: Annotated[Path, typer.Option(help="The run folder; an unfinished run there goes on.")],
     cluster: Annotated[str, typer.Option(help="Where to run. Known: local, this machine.")] = "local",
     processes: Annotated[int, typer.Option(help="Ranks: CPU processes (gloo), or one a GPU (nccl).")] = 1,

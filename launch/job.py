@@ -17,14 +17,14 @@ class Job:
 
     Attributes:
         recipe: a recipe's name or .yaml file.
-        data: the sharded dataset.
+        data: the sharded datasets, as the trainer's --data takes them: "DIR [DIR@WEIGHT …]".
         run: the run folder; an unfinished run there goes on.
         processes: ranks.
         settings: changes to the recipe, `section.key=value`.
     """
 
     recipe: str
-    data: Path
+    data: str
     run: Path
     processes: int = 1
     settings: tuple[str, ...] = ()
@@ -32,13 +32,13 @@ class Job:
     def __post_init__(self) -> None:
         if self.processes < 1:
             raise LaunchError(f"--processes must be at least 1; found {self.processes}.")
-        if not self.data.is_dir():
-            raise LaunchError(f"--data {self.data}: no such folder. `python -m data_prep build` makes one.")
+        if not self.data.strip():
+            raise LaunchError("--data names no dataset. `python -m data_prep build` makes one.")
 
     def command(self) -> list[str]:
         """The trainer's command line; under torchrun where there are several processes."""
         python = [sys.executable, "-m"]
         if self.processes > 1:
             python += ["torch.distributed.run", "--standalone", f"--nproc-per-node={self.processes}", "-m"]
-        trainer = ["pipeline", "train", self.recipe, str(self.run), "--data", str(self.data)]
+        trainer = ["pipeline", "train", self.recipe, str(self.run), "--data", self.data]
         return [*python, *trainer, *self.settings, f"train.processes={self.processes}"]

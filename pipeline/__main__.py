@@ -42,7 +42,10 @@ def train(
         typer.Argument(help="Changes to the recipe, such as optim.lr=1e-3 train.steps=2000.", metavar="[KEY=VALUE]…"),
     ] = None,
     data: Annotated[
-        str, typer.Option(help="The sharded dataset to train on (the same as data.path=…).", metavar="DIR")
+        str,
+        typer.Option(
+            help="Sharded datasets to train on, each with its weight (as data.datasets=…).", metavar="DIR[@WEIGHT]…"
+        ),
     ] = "",
 ) -> None:
     """Train a recipe, or go on from the newest checkpoint in the run folder.
@@ -52,7 +55,7 @@ def train(
     """
     from pipeline import config
 
-    words = [*([f"data.path={data}"] if data else []), *(settings or [])]
+    words = [*([f"data.datasets={data}"] if data else []), *(settings or [])]
     with _outcome_recorded(run):
         loaded = config.load(recipe, words)
         from pipeline.train import train as run_training

@@ -7,21 +7,21 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal, cast, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from data_prep.record import DataError
 
 RECIPES = Path(__file__).parent / "recipes"
 
 # A resumed run may be longer, watched differently and run elsewhere; anything else would make it another run.
-# Where the data lies may change since its fingerprint may not.
+# Where the data lies may change since the fingerprint and the share of each dataset, which the plan checks, may not.
 MAY_CHANGE_ON_RESUME = (
     *("train.steps", "checkpoint", "evaluate", "tracking"),
-    *("data.path", "data.workers", "data.prefetch", "data.timeout_s", "data.verify", "tokenizer.path"),
-    *("train.processes", "train.threads", "train.device"),
+    *("data.datasets", "data.workers", "data.prefetch", "data.timeout_s", "data.verify", "tokenizer.path"),
+    *("data.cache", "data.cache_gb", "train.processes", "train.threads", "train.device", "train.accept_changes"),
 )
 
 
@@ -39,13 +39,25 @@ PositiveInt = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 
 
+class DatasetConfig(Component):
+    """One dataset of those that are trained on."""
+
+    path: str = Field(
+        description="a sharded dataset, or any tool's tars: a folder or a pattern such as DIR/{00000..00041}.tar; on "
+        "this machine or behind an address (https://, s3://, gs://, hf://)"
+    )
+    weight: Annotated[float, Field(gt=0)] = Field(1.0, description="its part of every batch, relative to the others'")
+
+
 class DataConfig(Component):
     """Which shards, and how their samples reach the model."""
 
-    path: str = Field("", description="a sharded dataset: a folder with manifest.json")
+    datasets: list[DatasetConfig] = Field(
+        default_factory=list, description='what is trained on; on the command line "dir dir@weight …"'
+    )
     workers: Annotated[int, Field(ge=0)] = Field(2, description="loader processes a rank; 0 loads in the trainer")
-    prefetch: PositiveInt = Field(4, description="batches that each loader process prepares ahead")
-    timeout_s: PositiveInt = Field(120, description="how long a batch may take before the run stops")
+    prefetch: PositiveInt = Field(4, description="parts of a batch, up to 64 pairs, that each process prepares ahead")
+    timeout_s: PositiveInt = Field(120, description="how long a loader process may take over a shard")
     fields: dict[str, float] = Field(
         {"captions": 1.0, "statements": 0.0},
         description="weights with which an image's text fields are drawn, among those that it has",
@@ -55,12 +67,32 @@ class DataConfig(Component):
     )
     grayscale: Annotated[float, Field(ge=0, le=1)] = Field(0.0, description="share of crops that lose their colours")
     interpolation: Literal["bicubic", "bilinear"] = Field("bicubic", description="resize filter of the crops")
-    lanes: PositiveInt = Field(1, description="C: equal stretches of the data that are read side by side")
-    window: PositiveInt = Field(1 << 22, description="samples that are shuffled among each other within a lane")
-    verify: bool = Field(True, description="hash every train shard before the first step")
+    decoder: Literal["fast", "exact"] = Field(
+        "fast",
+        description="exact: Pillow, bit for bit open_clip's pixels, at half the speed; fast: the same to rounding",
+    )
+    lanes: PositiveInt | None = Field(
+        None, description="equal stretches of the data that are read side by side; null: 1, or the ranks if it is large"
+    )
+    window: PositiveInt | None = Field(
+        None, description="samples that are shuffled together in a lane; null: all, or 8 shards' where they are fetched"
+    )
+    tail: Literal["drop", "pad", "wrap"] = Field(
+        "drop", description="an epoch's last, incomplete batch: left out, or filled from this epoch or the next one"
+    )
+    verify: bool = Field(True, description="hash each shard on this machine, once, before it is used")
+    cache: str = Field(
+        "", description="folder for copies of remote shards, shared by ranks; empty: ~/.cache/clip-pipeline"
+    )
+    cache_gb: Annotated[float, Field(gt=0)] = Field(100.0, description="what those copies may take, a machine")
     max_bad: Annotated[float, Field(ge=0, le=1)] = Field(
         0.01, description="share of samples that may turn out unreadable before the run stops"
     )
+
+    @field_validator("datasets", mode="before")
+    @classmethod
+    def _from_words(cls, value: Any) -> Any:
+        return [_dataset(word) for word in words_of(value)] if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _fields_are_weights(self) -> DataConfig:
@@ -72,6 +104,20 @@ class DataConfig(Component):
         if self.crop_scale[0] > self.crop_scale[1]:
             raise ValueError(f"data.crop_scale must ascend; found {list(self.crop_scale)}")
         return self
+
+
+def words_of(text: str) -> list[str]:
+    """The datasets that a line names; a path with spaces in it is one as long as it stands alone."""
+    return [text] if Path(text).exists() else text.split()
+
+
+def _dataset(word: str) -> dict[str, Any]:
+    """`dir`, or `dir@weight`."""
+    path, mark, weight = word.rpartition("@")
+    try:
+        return {"path": path, "weight": float(weight)} if mark else {"path": word}
+    except ValueError:
+        return {"path": word}  # the @ is the path's
 
 
 class TokenizerConfig(Component):
@@ -133,6 +179,9 @@ class TrainConfig(Component):
     processes: PositiveInt | None = Field(None, description="stop unless so many ranks are running")
     device: Literal["auto", "cpu"] = Field("auto", description="auto takes a GPU where there is one")
     deterministic: bool = Field(False, description="only deterministic kernels (slower on CUDA)")
+    accept_changes: bool = Field(
+        False, description="resume with other data or settings than the run began with; what differs is recorded"
+    )
     max_skipped: PositiveInt = Field(10, description="non-finite steps in a row before the run stops")
 
 
@@ -203,19 +252,14 @@ def parse(values: dict[str, Any], origin: str) -> Recipe:
         raise RecipeError(f"{origin}: " + "; ".join(_explain(item) for item in error.errors())) from None
 
 
-def refuse_changes(stored: Recipe, asked: Recipe, run: Path) -> None:
-    """Refuse to resume a run with settings that would make it another one, naming each."""
+def changes(stored: Recipe, asked: Recipe) -> list[str]:
+    """The settings that differ and would make a resumed run another one, each as `key: old -> new`."""
     old, new = _flatten(stored.model_dump(mode="json")), _flatten(asked.model_dump(mode="json"))
-    changed = [
+    return [
         f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key) and not _may_change(key)
     ]
-    if changed:
-        raise RecipeError(
-            f"{run} was started with other settings ({'; '.join(changed)}). Resume with the stored ones, or "
-            f"choose another run folder. A resumed run may change {', '.join(MAY_CHANGE_ON_RESUME)}."
-        )
 
 
 def _may_change(key: str) -> bool:
@@ -281,8 +325,9 @@ def _explain(item: Any) -> str:
 
 def _section(location: tuple[Any, ...]) -> type[BaseModel]:
     section: type[BaseModel] = Recipe
-    for part in location:
-        section = cast("type[BaseModel]", section.model_fields[part].annotation)
+    for name in (part for part in location if isinstance(part, str)):  # else the place in a list
+        annotation = section.model_fields[name].annotation
+        section = cast("type[BaseModel]", get_args(annotation)[0] if get_origin(annotation) is list else annotation)
     return section
 
 

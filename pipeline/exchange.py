@@ -1,16 +1,20 @@
-"""What the ranks tell each other after a step, in one collective: loss, samples used, and whether to stop."""
+"""What the ranks tell each other: before training what one found for all, and after a step, in one collective, its
+loss, the samples used, and whether to stop."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from data_prep.record import DataError
 from pipeline.data.plan import Ids
+
+T = TypeVar("T")
 
 
 class StepReport(NamedTuple):
@@ -51,3 +55,48 @@ def report(loss: Tensor, id_B: Tensor, *, bad: int, stop: bool, sizes: Sequence[
         bad=int(rows[:, 1].sum()),
         stop=bool(rows[:, 2].any()),
     )
+
+
+def from_main(make: Callable[[], T]) -> T:
+    """What `make` gives on rank 0, on every rank.
+
+    Raises:
+        DataError: where it did on rank 0, on every rank.
+
+    Collective: every rank calls it.
+    """
+    if not dist.is_initialized():
+        return make()
+    box: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            box[0] = make()
+        except DataError as error:
+            box[1] = error
+    dist.broadcast_object_list(box, src=0)
+    if box[1]:
+        raise box[1]
+    return box[0]
+
+
+def together(work: Callable[[], None]) -> None:
+    """Do `work` on every rank; where it fails on one, it has failed on all.
+
+    Raises:
+        DataError: of the first rank that met one.
+
+    Collective: every rank calls it.
+    """
+    if not dist.is_initialized():
+        return work()
+    failure: DataError | None = None
+    try:
+        work()
+    except DataError as error:
+        failure = error
+    every: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(every, failure)
+    for found in every:
+        if found:
+            raise found
+    return None

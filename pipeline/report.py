@@ -130,7 +130,7 @@ def parameters(run: Path, step: int) -> int:
 def counts(dataset: Dataset, environment: dict[str, Any]) -> dict[str, Any]:
     """The dataset's splits, and what was read and dropped by source."""
     known = dataset.manifest["counts"]
-    trained_on = TRAIN in dataset.manifest["splits"] and dataset.fingerprint(TRAIN) == environment["data_fingerprint"]
+    trained_on = TRAIN in dataset.manifest["splits"] and dataset.fingerprint(TRAIN) in environment["datasets"].values()
     return {
         "name": dataset.name,
         "trained_on": trained_on,

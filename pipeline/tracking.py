@@ -8,7 +8,7 @@ import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -70,7 +70,10 @@ class Tracker:
         elif step % self._log_every_steps == 0 or step == self._total:
             log.info("step %d/%d  %s", step, self._total, figures)
 
-    def close(self) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         """Finish the files and give the terminal back."""
         self._metrics.close()
         if self._board:

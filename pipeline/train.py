@@ -5,6 +5,7 @@ It is safe to kill at any moment: the same command goes on from the newest check
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import itertools
@@ -15,22 +16,26 @@ import os
 import platform
 import signal
 import subprocess
+import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from data_prep import manifest
 from pipeline import checkpoint as checkpoints
 from pipeline import config, exchange, model, tokenizer
 from pipeline.config import OptimConfig, Recipe, TrainConfig
-from pipeline.data.loader import Augmentation, Batch, RankBatches, stream
-from pipeline.data.plan import Plan, batch_sha256, rank_bounds
+from pipeline.data.cache import Cache
+from pipeline.data.loader import Augmentation, Batch, Stream
+from pipeline.data.plan import Plan, Share, batch_sha256, layout, rank_bounds
 from pipeline.data.store import ShardStore
+from pipeline.data.tars import TarSet, open_tars
 from pipeline.data.transforms import normalizer
 from pipeline.loss.info_nce import info_nce
 from pipeline.tracking import Tracker
@@ -60,34 +65,17 @@ def train(recipe: Recipe, run: Path) -> str:
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     stop = StopRequest()
 
-    # --- Data
-    dataset = manifest.read(Path(recipe.data.path))
-    shards = dataset.split("train")
-    store = ShardStore(dataset.path, shards)
-    store.check_files()
-    if recipe.data.verify and accelerator.is_local_main_process:
-        store.check_hashes()
-    accelerator.wait_for_everyone()
-    plan = Plan(
-        fingerprint=dataset.fingerprint("train"),
-        sizes=tuple(shard.samples for shard in shards),
-        seed=recipe.seed,
-        global_batch=recipe.train.batch_size,
-        lanes=recipe.data.lanes,
-        window=recipe.data.window,
-    )
+    # --- Data, and where the run stands
+    cache = Cache(cache_folder(recipe.data.cache), int(recipe.data.cache_gb * 1e9))
+    sets = exchange.from_main(lambda: [open_tars(one.path, cache.path) for one in recipe.data.datasets])
+    store = ShardStore(sets, cache, verify=recipe.data.verify)
+    saved = load_saved(run)
+    step = saved.step if saved else 0
+    plan = plan_of(recipe, sets, world, saved.state["stream"] if saved else None)
     bounds = rank_bounds(plan.global_batch, world)
     sizes = [end - begin for begin, end in itertools.pairwise(bounds)]
-    if min(sizes) == 0:
-        raise config.RecipeError(f"train.batch_size = {plan.global_batch} leaves some of {world} ranks without a pair.")
-
-    # --- Run folder
-    saved = checkpoints.load_newest(run) if accelerator.is_main_process else None
-    if accelerator.is_main_process:
-        prepare_folder(recipe, run, plan, world, resumed=saved is not None)
-    step = broadcast(saved.step if saved else 0)
-    if step and saved is None:
-        saved = checkpoints.load(run, step)
+    exchange.from_main(lambda: prepare_folder(recipe, run, plan, world, saved))
+    exchange.together(lambda: bring_first(plan, store, step, bounds, accelerator))
 
     # --- Tokenizer and towers
     model_cfg = model.model_cfg(recipe.model.name, recipe.model.config)
@@ -104,8 +92,6 @@ def train(recipe: Recipe, run: Path) -> str:
     optimizer = torch.optim.AdamW(groups, lr=recipe.optim.lr, betas=recipe.optim.betas, eps=recipe.optim.eps)
     skipped_in_row, bad_seen, wall_before = 0, 0, 0.0
     if saved:
-        if plan.resume(saved.state["stream"]) != step:
-            raise checkpoints.CheckpointError(f"{run}: step {step} and its stream state disagree.")
         towers.load_state_dict(saved.model)
         optimizer.load_state_dict(saved.optimizer)
         skipped_in_row, bad_seen, wall_before = (
@@ -115,26 +101,25 @@ def train(recipe: Recipe, run: Path) -> str:
     normalize = normalizer(towers.visual.image_mean, towers.visual.image_std, device)
 
     # --- Stream and tracking
-    batches = stream(
-        RankBatches(
-            plan,
-            store,
-            Augmentation(
-                size=model.image_size(towers),
-                crop_scale=recipe.data.crop_scale,
-                interpolation=recipe.data.interpolation,
-                grayscale=recipe.data.grayscale,
-                fields=recipe.data.fields,
-            ),
-            tokenize,
-            rank,
-            world,
+    stream = Stream(
+        plan,
+        store,
+        Augmentation(
+            size=model.image_size(towers),
+            crop_scale=recipe.data.crop_scale,
+            interpolation=recipe.data.interpolation,
+            grayscale=recipe.data.grayscale,
+            fields=recipe.data.fields,
+            decoder=recipe.data.decoder,
         ),
+        tokenize,
+        tokenize.context_length,
+        (bounds[rank], bounds[rank + 1]),
         range(step, recipe.train.steps),
         workers=recipe.data.workers,
         prefetch=recipe.data.prefetch,
         timeout_s=recipe.data.timeout_s,
-        pin_memory=device.type == "cuda",
+        pin=device.type == "cuda",
     )
     tracker = None
     if accelerator.is_main_process:
@@ -144,7 +129,8 @@ def train(recipe: Recipe, run: Path) -> str:
     # --- Loop
     started = stepped = time.monotonic()
     parallel.train()
-    try:
+    with stream, tracker or contextlib.nullcontext():
+        batches = iter(stream)
         while step < recipe.train.steps and not stop.agreed:
             batch = next(batches)
             data_wait_s = time.monotonic() - stepped
@@ -179,7 +165,7 @@ def train(recipe: Recipe, run: Path) -> str:
                 tracker.log(
                     {
                         "step": step,
-                        "epoch": (step - 1) // plan.steps_per_epoch,
+                        "epoch": plan.epoch(step - 1),
                         "samples_seen": step * plan.global_batch,
                         "wall_s": round(wall_before + now - started, 3),
                         "loss": told.loss,
@@ -188,6 +174,7 @@ def train(recipe: Recipe, run: Path) -> str:
                         "grad_norm": float(norm),
                         "samples_per_s": plan.global_batch / (now - stepped),
                         "data_wait_s": round(data_wait_s, 4),
+                        "loader_mb": round(stream.memory() / 1e6, 1),
                         "skipped": int(not finite),
                         "bad_samples": bad_seen,
                         "batch_sha256": batch_sha256(told.ids),
@@ -223,9 +210,6 @@ def train(recipe: Recipe, run: Path) -> str:
                     )
                 accelerator.wait_for_everyone()
                 stepped = time.monotonic()
-    finally:
-        if tracker:
-            tracker.close()
     return "done" if step >= recipe.train.steps else "requeue"
 
 
@@ -275,11 +259,106 @@ def start_processes(train: TrainConfig) -> Accelerator:
     return accelerator
 
 
-def prepare_folder(recipe: Recipe, run: Path, plan: Plan, world: int, *, resumed: bool) -> None:
-    """Write config.yaml, environment.json and the tokenizer, or check a resumed run against its stored recipe."""
+def load_saved(run: Path) -> checkpoints.Checkpoint | None:
+    """The newest whole checkpoint of a run, the same one on every rank."""
+    newest: list[checkpoints.Checkpoint] = []
+
+    def step_on_main() -> int:
+        if found := checkpoints.load_newest(run):
+            newest.append(found)
+        return newest[0].step if newest else 0
+
+    step = exchange.from_main(step_on_main)
+    return newest[0] if newest else checkpoints.load(run, step) if step else None
+
+
+def cache_folder(asked: str) -> Path:
+    """Where copies of remote shards are kept, and what is known of those on this machine."""
+    return Path(asked or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "clip-pipeline"))
+
+
+def plan_of(recipe: Recipe, sets: Sequence[TarSet], world: int, state: Mapping[str, Any] | None) -> Plan:
+    """The order of samples. How the data is cut into lanes is settled when a run begins, and stays.
+
+    Args:
+        recipe: with `data` and `train.batch_size`.
+        sets: what `data.datasets` names.
+        world: ranks.
+        state: the stream's, of a run that goes on.
+
+    Raises:
+        RecipeError: no data, or fewer pairs in a batch than ranks.
+        PlanError: settings or data that no plan can have.
+    """
+    batch = recipe.train.batch_size
+    if not sets:
+        raise config.RecipeError("no data: name sharded datasets with --data (DATA=…) or data.datasets.")
+    if batch < world:
+        raise config.RecipeError(f"train.batch_size = {batch} leaves some of {world} ranks without a pair. Raise it.")
+    samples, shards = sum(one.shards.numbers("samples").sum() for one in sets), sum(len(one.shards) for one in sets)
+    lanes, window = layout(samples, shards, batch, world, remote=not all(one.at_hand for one in sets))
+    if state:
+        lanes, window = state["lanes"], state["window"]
+    return Plan(
+        [
+            Share(one.fingerprint, one.shards.numbers("samples"), asked.weight, asked.path)
+            for one, asked in zip(sets, recipe.data.datasets, strict=True)
+        ],
+        seed=recipe.seed,
+        global_batch=batch,
+        lanes=recipe.data.lanes or lanes,
+        window=recipe.data.window or window,
+        tail=recipe.data.tail,
+    )
+
+
+def bring_first(plan: Plan, store: ShardStore, step: int, bounds: Sequence[int], accelerator: Accelerator) -> None:
+    """See that all shards are there, and let those that this rank's first batch needs arrive.
+
+    Raises:
+        DataError: one is missing or damaged, or the cache is too small for what is read at a time.
+    """
+    rank, first_here = accelerator.process_index, accelerator.process_index - accelerator.local_process_index
+    for one in store.sets:
+        if accelerator.is_main_process or (accelerator.is_local_main_process and not one.remote):
+            one.check()
+    node = bounds[first_here], bounds[first_here + int(os.environ.get("LOCAL_WORLD_SIZE", "1"))]
+    ahead = store.bytes_of(plan.shards(plan.first_step(1) // 2, *node), remote=True)
+    if ahead > store.cache.limit:
+        raise config.RecipeError(
+            f"data.cache_gb = {store.cache.limit / 1e9:g} is less than the {ahead / 1e9:.1f} GB that this machine's "
+            "ranks read at a time. Raise it, or lower data.window."
+        )
+    began, shards = time.monotonic(), plan.shards(step, bounds[rank], bounds[rank + 1], ahead=0)
+    columns = (TextColumn("shards"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as progress:
+        task = progress.add_task("", total=store.bytes_of(shards, remote=False))
+        store.bring(shards, lambda size: progress.advance(task, size))
+    log.info("%d shards for the first batch are here and verified, after %.1f s", len(shards), time.monotonic() - began)
+
+
+def prepare_folder(recipe: Recipe, run: Path, plan: Plan, world: int, saved: checkpoints.Checkpoint | None) -> None:
+    """Write config.yaml, environment.json and the tokenizer, or check a run that goes on against what it began with.
+
+    Raises:
+        RecipeError: settings or data differ, and `train.accept_changes` does not say that they may.
+    """
     run.mkdir(parents=True, exist_ok=True)
-    if resumed:
-        config.refuse_changes(config.load_file(run / "config.yaml"), recipe, run)
+    accepted: list[dict[str, Any]] = []
+    if saved:
+        accepted = json.loads((run / "environment.json").read_text(encoding="utf-8")).get("accepted_changes", [])
+        found = config.changes(config.load_file(run / "config.yaml"), recipe) + plan.changes(saved.state["stream"])
+        if found and not recipe.train.accept_changes:
+            raise config.RecipeError(
+                f"{run} was begun with other settings or data ({'; '.join(found)}). Give those again, choose another "
+                "run folder, or accept another run than the one begun with train.accept_changes=true. What may change "
+                f"is {', '.join(config.MAY_CHANGE_ON_RESUME)}."
+            )
+        if found:
+            log.warning("from step %d on this is another run than the one begun: %s", saved.step, "; ".join(found))
+            accepted.append({"step": saved.step, "changes": found})
+        elif plan.step_of(saved.state["stream"]) != saved.step:
+            raise checkpoints.CheckpointError(f"{run}: step {saved.step} and its stream state disagree.")
     else:
         tokenizer.store(recipe.tokenizer.kind, Path(recipe.tokenizer.path), run / "tokenizer")
     checkpoints.write_atomically(run / "config.yaml", recipe.to_yaml())
@@ -292,9 +371,13 @@ def prepare_folder(recipe: Recipe, run: Path, plan: Plan, world: int, *, resumed
         "world_size": world,
         "threads": torch.get_num_threads(),
         "devices": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "datasets": {share.name: share.fingerprint for share in plan.datasets},
         "data_fingerprint": plan.fingerprint,
         "samples": plan.samples,
-        "dropped_tail": plan.samples % plan.global_batch,
+        "dropped_tail": plan.dropped_tail,
+        "lanes": plan.lanes,
+        "window": plan.window,
+        "accepted_changes": accepted,
     }
     checkpoints.write_atomically(run / "environment.json", json.dumps(environment, indent=1))
 
@@ -321,15 +404,6 @@ def learning_rate(step: int, optim: OptimConfig, total: int) -> float:
 def step_seed(seed: int, step: int, rank: int) -> int:
     """A seed for the random numbers inside the model, so that none of their state needs saving."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{step}:{rank}".encode()).digest()[:8], "little")
-
-
-def broadcast(value: int) -> int:
-    """Rank 0's value, on every rank."""
-    if not dist.is_initialized():
-        return value
-    box: list[Any] = [value]
-    dist.broadcast_object_list(box, src=0)
-    return int(box[0])
 
 
 def log_replaced(run: Path, step: int, batch: Batch) -> None:

@@ -23,6 +23,7 @@ class FolderServer(ThreadingHTTPServer):
     Attributes:
         faults: what the next GETs meet, first come first served; an empty entry is none.
         ranges: whether ranges are known; else every answer is the whole file.
+        listing: whether a folder's address gives links to its files, as servers' indexes do.
         latency_s: waited before each answer.
         requests: GETs of each file.
     """
@@ -33,6 +34,7 @@ class FolderServer(ThreadingHTTPServer):
     def __init__(self, root: Path) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.root, self.faults, self.ranges, self.latency_s = root, list[str](), True, 0.0
+        self.listing = False
         self.requests: Counter[str] = Counter()
         self.released = threading.Event()
 
@@ -57,6 +59,10 @@ class _Handler(BaseHTTPRequestHandler):
         if with_body:
             self.server.requests[path.name] += 1
         fault = self.server.faults.pop(0) if with_body and self.server.faults else ""
+        if self.server.listing and path.is_dir() and not fault:
+            names = sorted(file.name for file in path.iterdir())
+            self._send(b"".join(f'<a href="{name}">{name}</a>\n'.encode() for name in names), with_body)
+            return
         if fault == UNAVAILABLE or not path.is_file():
             self.send_response(503 if fault else 404)
             self.send_header("Content-Length", "0")
@@ -93,6 +99,13 @@ class _Handler(BaseHTTPRequestHandler):
             time.sleep(0.1)  # RST would overtake what is on its way
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.connection.close()
+
+    def _send(self, page: bytes, with_body: bool) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(page)))
+        self.end_headers()
+        if with_body:
+            self.wfile.write(page)
 
     def log_message(self, *_: object) -> None:
         pass

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("data_prep", "pipeline", "launch")
 # pipeline reads what data_prep wrote, through these only.
-OPEN_TO_PIPELINE = {"data_prep.manifest", "data_prep.record"}
+OPEN_TO_PIPELINE = {"data_prep.locations", "data_prep.manifest", "data_prep.record"}
 COMPONENTS = ("data", "loss", "evaluate", "export", "model.py", "tokenizer.py", "checkpoint.py")
 
 

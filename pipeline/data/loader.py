@@ -2,28 +2,47 @@
 
     step ──plan──▶ ids ──store──▶ bytes ──transforms──▶ crop, text ──tokenizer──▶ Batch
 
-A whole batch is made by one loader process from its step number alone, so workers, prefetching and restarts cannot
-change what a step sees. A sample that cannot be read is replaced by the one that the plan names, and reported.
+Loader processes make a batch in parts, each from its step number alone, so workers, prefetching and restarts cannot
+change what a step sees; they write into memory that the trainer reads (`shared`). A sample that cannot be read is
+replaced by the one that the plan names, and reported.
 """
 
 from __future__ import annotations
 
+import itertools
+import logging
+import math
+import multiprocessing
+import resource
 import signal
+import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from data_prep.record import DataError
 from pipeline.data import transforms
-from pipeline.data.plan import Plan, sample_uniforms
+from pipeline.data.ahead import Ahead
+from pipeline.data.plan import SUBSTITUTES, Plan, SampleUniforms
+from pipeline.data.shared import Ring, Slot, Watch
 from pipeline.data.store import ShardStore
+from pipeline.data.transforms import Texts
 
-# So many unreadable substitutes in a row say that the data, not a sample, is broken.
-SUBSTITUTES = 16
+# Samples of a part at the most: a first batch is made by all processes together, and little waits to be taken.
+PART = 64
+# Seconds between looks at which shards are needed next.
+LOOK_AHEAD_S = 1.0
+
+log = logging.getLogger(__name__)
+
+
+class LoaderError(RuntimeError):
+    """A loader process that died, hangs, or met an error of ours."""
 
 
 class Replaced(NamedTuple):
@@ -37,11 +56,15 @@ class Replaced(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """One rank's share of a global batch: B pairs, C = 3, S = image size, L = context length."""
+    """One rank's share of a global batch: B pairs, C = 3, S = image size, L = context length.
 
-    image_BCSS: Tensor  # noqa: N815  uint8
+    Its tensors lie in the loader's memory: they are this batch until the next one is asked for.
+    """
+
+    image_BCSS: Tensor  # noqa: N815  uint8, channels last
     token_BL: Tensor  # noqa: N815  int64
     id_B: Tensor  # noqa: N815  int64, the samples that were used
+    image_B: Tensor  # noqa: N815  int64, equal for samples of one photo
     replaced: list[Replaced]
 
 
@@ -54,82 +77,253 @@ class Augmentation:
     interpolation: str
     grayscale: float
     fields: Mapping[str, float]
+    decoder: str = "fast"
 
 
-@dataclass(frozen=True, eq=False)
-class RankBatches(Dataset[Batch]):
-    """step → this rank's Batch; step counts global batches from 0 over all epochs."""
+class Part(NamedTuple):
+    """Positions begin … end of global batch `step`, which a rank's batch has from `at` on."""
+
+    step: int
+    begin: int
+    end: int
+    at: int
+
+
+class Made(NamedTuple):
+    """What a loader process says of a part: what was replaced, or why it could not be made."""
+
+    replaced: list[Replaced]
+    failure: Exception | None = None
+
+
+class _Place(NamedTuple):
+    """A sample in an epoch: where it lies, three numbers in [0, 1) and the shapes that its crop may have."""
+
+    epoch: int
+    sample: int
+    shard: int
+    place: int
+    uniforms: list[float]
+    shapes: list[float]
+
+
+@dataclass(eq=False)
+class Maker(Dataset[Made]):
+    """Part → its samples, written into the ring; in a loader process, or in the trainer if there are none."""
 
     plan: Plan
     store: ShardStore
     augmentation: Augmentation
     tokenize: Callable[[list[str]], Tensor]
-    rank: int
-    world: int
+    bounds: tuple[int, int]
+    ring: Ring
+    watch: Watch
+    _uniforms: SampleUniforms = field(init=False)
+    _ahead: Ahead | None = field(default=None, init=False)
+    _looked: float = field(default=-math.inf, init=False)
 
-    def __getitem__(self, step: int) -> Batch:
-        epoch = step // self.plan.steps_per_epoch
-        images, texts, used, replaced = [], [], [], []
-        for planned in self.plan.rank_ids(step, self.rank, self.world):
-            image_CSS, text, sample, bad = self._sample(epoch, int(planned))
-            images.append(image_CSS)
+    def __post_init__(self) -> None:
+        self._uniforms = SampleUniforms(self.plan.seed, transforms.UNIFORMS)
+
+    def __getitem__(self, part: Part) -> Made:
+        worker = info.id if (info := get_worker_info()) else 0
+        try:
+            self._look_ahead(part.step, worker)
+            made = self._make(part, worker)
+        except DataError as error:
+            return Made([], error)
+        except Exception:  # noqa: BLE001 (raised again in the trainer)
+            return Made([], LoaderError(f"loader process {worker} failed:\n{traceback.format_exc()}"))
+        self.watch.done(worker)
+        return made
+
+    def _make(self, part: Part, worker: int) -> Made:
+        slot, replaced = self.ring.slot(part.step), list[Replaced]()
+        rows = slice(part.at, part.at + part.end - part.begin)
+        texts, samples, images = [], [], []
+        drawn = self.plan.draw(part.step, part.begin, part.end)
+        planned = self._places(drawn.epochs.tolist(), drawn.ids.tolist())
+        for place, out_1CSS in zip(planned, slot.image_BCSS[rows].split(1), strict=True):
+            text, image, sample = self._sample(place, out_1CSS, worker, replaced)
             texts.append(text)
-            used.append(sample)
-            replaced += bad
-        return Batch(torch.stack(images), self.tokenize(texts), torch.tensor(used), replaced)
+            samples.append(sample)
+            images.append(image)
+        slot.token_BL[rows] = self.tokenize(texts)
+        slot.id_B[rows] = torch.tensor(samples)
+        slot.image_B[rows] = torch.tensor(images)
+        return Made(replaced)
 
-    def _sample(self, epoch: int, planned: int) -> tuple[Tensor, str, int, list[Replaced]]:
-        sample, replaced = planned, list[Replaced]()
+    def _places(self, epochs: list[int], samples: list[int]) -> Iterator[_Place]:
+        """Where samples lie, and what is random about them."""
+        uniforms_NK = self._uniforms(epochs, samples)
+        shapes_NK = transforms.crop_shapes(uniforms_NK[:, 3:], self.augmentation.crop_scale)
+        columns = (*self.plan.locate(samples), uniforms_NK[:, :3], shapes_NK)
+        return map(_Place, epochs, samples, *(column.tolist() for column in columns))
+
+    def _sample(self, place: _Place, out_1CSS: Tensor, worker: int, replaced: list[Replaced]) -> tuple[str, int, int]:
+        """Write a sample's crop; (its text, the number of its photo, the sample itself or its substitute)."""
+        how, planned = self.augmentation, place.sample
         for attempt in range(SUBSTITUTES):
-            shard, index = self.plan.locate(sample)
-            stored = self.store.read(shard, index)
-            uniforms = sample_uniforms(self.plan.seed, epoch, sample, transforms.UNIFORMS)
+            self.watch.at(worker, place.shard)
+            stored = self.store.read(place.shard, place.place)
+            field_u, text_u, grey_u = place.uniforms
             try:
-                text = transforms.choose_text(stored.texts, self.augmentation.fields, uniforms[:2])
-                image_CSS = transforms.random_crop(
-                    transforms.decode(stored.image),
-                    self.augmentation.size,
-                    self.augmentation.crop_scale,
-                    self.augmentation.interpolation,
-                    uniforms[3:],
-                )
-                image_CSS = transforms.maybe_grayscale(image_CSS, self.augmentation.grayscale, uniforms[2])
+                texts = Texts(stored.txt, stored.json)
+                text = texts.choose(how.fields, field_u, text_u)
+                transforms.CROPS[how.decoder](stored.image, place.shapes, how.interpolation, out_1CSS)
             except transforms.BadSample as error:
                 substitute = self.plan.substitute(planned, attempt)
-                name = self.store.shards[shard].name
-                replaced.append(Replaced(sample, stored.key, name, str(error), substitute))
-                sample = substitute
+                name = self.store.name(place.shard)
+                replaced.append(Replaced(place.sample, stored.key, name, str(error), substitute))
+                (place,) = self._places([place.epoch], [substitute])
             else:
-                return image_CSS, text, sample, replaced
+                transforms.maybe_grayscale(out_1CSS, how.grayscale, grey_u)
+                return text, texts.image_number(stored.image), place.sample
         raise DataError(
             f"sample {planned} and {SUBSTITUTES - 1} substitutes for it are unreadable; the last was "
             f"{replaced[-1].key} in {replaced[-1].shard} ({replaced[-1].reason}). Run `python -m data_prep verify`."
         )
 
-
-def stream(
-    batches: RankBatches, steps: range, *, workers: int, prefetch: int, timeout_s: int, pin_memory: bool
-) -> Iterator[Batch]:
-    """This rank's batches of `steps`, in order, prepared ahead by loader processes."""
-    loader = DataLoader(
-        batches,
-        sampler=steps,
-        batch_size=None,
-        collate_fn=_as_it_is,
-        num_workers=workers,
-        prefetch_factor=prefetch if workers else None,
-        timeout=timeout_s if workers else 0,
-        pin_memory=pin_memory,
-        worker_init_fn=_leave_signals_to_the_trainer,
-    )
-    return iter(loader)
+    def _look_ahead(self, step: int, worker: int) -> None:
+        """Let the shards that come next arrive; each process sees to some of them."""
+        if time.monotonic() - self._looked < LOOK_AHEAD_S or all(one.at_hand for one in self.store.sets):
+            return
+        self._looked = time.monotonic()
+        self._ahead = self._ahead or Ahead(self.store)
+        shards = self.plan.shards(step, *self.bounds)
+        self._ahead.want(shards[worker :: max(self.watch.workers, 1)])
+        self.store.use(shards)
 
 
-def _leave_signals_to_the_trainer(_: int) -> None:
-    # A stop request reaches the whole process group; loader processes must live until the trainer has saved.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+class Stream:
+    """This rank's batches of `steps`, in order, prepared ahead by loader processes. A context; iterate inside it.
+
+    Args:
+        plan: the order of samples.
+        store: where they are.
+        augmentation: what is made of their bytes.
+        tokenize: (B,) texts → (B, L) int64.
+        context_length: L.
+        bounds: this rank's first position in a global batch, and the end.
+        steps: global batches, counted from 0 over all epochs.
+        workers: loader processes; 0 works in the caller's.
+        prefetch: parts that each prepares ahead.
+        timeout_s: how long one may be at a shard.
+        pin: whether a CUDA device copies from the shared memory by itself.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        store: ShardStore,
+        augmentation: Augmentation,
+        tokenize: Callable[[list[str]], Tensor],
+        context_length: int,
+        bounds: tuple[int, int],
+        steps: range,
+        *,
+        workers: int,
+        prefetch: int = 4,
+        timeout_s: int = 120,
+        pin: bool = False,
+    ) -> None:
+        batch = bounds[1] - bounds[0]
+        self._parts, self._steps, self._timeout_s, self._pin = -(-batch // PART), steps, timeout_s, pin
+        # A step may be written once the trainer has asked for the one that has its slot before the last.
+        ahead = max(workers * prefetch - 1, 0) // self._parts
+        self._ring = Ring(ahead + 3, batch, augmentation.size, context_length)
+        self._watch, self._received = Watch(workers), 0
+        self._maker = Maker(plan, store, augmentation, tokenize, bounds, self._ring, self._watch)
+        self._loader = DataLoader(
+            self._maker,
+            sampler=_PartsOf(steps, bounds, self._parts),
+            batch_size=None,
+            collate_fn=_as_it_is,
+            num_workers=workers,
+            prefetch_factor=prefetch if workers else None,
+            timeout=timeout_s if workers else 0,
+            worker_init_fn=self._watch_over,
+        )
+
+    def __enter__(self) -> Self:
+        self._made: Any = iter(self._loader)
+        if self._pin:
+            self._ring.pin()
+        return self
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        problem = self._problem() if isinstance(error, RuntimeError) and not isinstance(error, LoaderError) else None
+        if self._watch.workers:
+            self._end_processes()
+        if self._pin:
+            self._ring.unpin()
+        if problem:  # torch tells of a death wherever the trainer is
+            raise LoaderError(problem) from error
+
+    def __iter__(self) -> Iterator[Batch]:
+        for step in self._steps:
+            replaced = []
+            for _ in range(self._parts):
+                replaced += self._next()
+            slot: Slot = self._ring.slot(step)
+            yield Batch(*slot, replaced)
+
+    def memory(self) -> int:
+        """Bytes that the loader processes have for themselves."""
+        return self._watch.memory()
+
+    def _next(self) -> list[Replaced]:
+        while True:
+            try:
+                made = next(self._made)
+            except RuntimeError as error:  # torch's own: what a loader process meets is a value
+                if problem := self._problem():
+                    raise LoaderError(problem) from error
+                continue  # the part takes long, but its process gets on
+            self._received += 1
+            if made.failure:
+                raise made.failure
+            return made.replaced
+
+    def _end_processes(self) -> None:
+        """At once, whatever they are doing: one that hangs would keep the trainer from ending."""
+        heard = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else torch raises for those that are killed here
+        for process in multiprocessing.active_children():
+            if process.pid in self._watch.processes():
+                process.kill()
+                process.join()
+        self._made._shutdown_workers()  # else only once nothing refers to it any more
+        signal.signal(signal.SIGCHLD, heard)
+
+    def _problem(self) -> str | None:
+        awaited = self._received % max(self._watch.workers, 1)  # torch deals parts to its processes in turn
+        return self._watch.problem(awaited, self._timeout_s, self._maker.store.name)
+
+    def _watch_over(self, worker: int) -> None:
+        """The first thing that a loader process does."""
+        # A stop request reaches the whole process group; loader processes must live until the trainer has saved.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+        self._watch.begin(worker)
 
 
-def _as_it_is(batch: Any) -> Any:
-    return batch
+@dataclass(frozen=True)
+class _PartsOf:
+    """The parts of every step, in the order in which they are made."""
+
+    steps: range
+    bounds: tuple[int, int]
+    count: int
+
+    def __iter__(self) -> Iterator[Part]:
+        begin, size = self.bounds[0], self.bounds[1] - self.bounds[0]
+        cuts = [size * number // self.count for number in range(self.count + 1)]
+        for step in self.steps:
+            for low, high in itertools.pairwise(cuts):
+                yield Part(step, begin + low, begin + high, low)
+
+
+def _as_it_is(made: Any) -> Any:
+    return made

@@ -1,37 +1,75 @@
-"""The order of samples: a pure function of (shard sizes, seed, epoch), cut into global batches and ranks.
+"""The order of samples: a pure function of (shard sizes, seed, step), cut into global batches and ranks.
 
     shards, permuted by epoch      |--7--|---2---|-0-|----5----|--1--|---3---|   the line: N samples
     cut into C equal lanes         |------- lane 0 ------|------- lane 1 ----|
-    windows, shuffled inside       |--w0--|----w1----|w2-|-w0-|----w1----|w2-|   borders staggered by lane
+    windows, shuffled inside       |w0|-w1-|----w2----|w3|w0|---w1----|--w2--|   borders staggered by lane
     global batch k                 B / C consecutive samples of each lane, lanes in order
     rank r of W                    positions floor(r·B/W) … floor((r+1)·B/W) of the global batch
 
-Nothing else enters: not ranks, workers, or where a run was interrupted. A sample's id is its number in the split,
-counted over the shards in the manifest's order; ids are what batches, logs and seeds speak of. Permutations are a
-stable argsort of raw Philox4x64 bits (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), which no
-library version changes; whoever changes the order raises PLAN_VERSION.
+Where C does not divide B, lane l gives positions floor(l·B/C) … floor((l+1)·B/C), and is as much longer as it gives
+more. Several datasets: each is a line with C lanes of its own and has a fixed number of places in every global batch,
+which are dealt to the lanes in the same way. Nothing else enters: not ranks, workers, or where a run was interrupted.
+
+A sample's id is its number, counted over the shards in the manifests' order; ids are what batches, logs and seeds
+speak of. Permutations are a stable argsort of raw Philox4x64 bits (Salmon et al. 2011, "Parallel random numbers: as
+easy as 1, 2, 3"), which no library version changes; whoever changes the order raises PLAN_VERSION.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+import itertools
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from data_prep.record import DataError
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2
+# Unreadable substitutes in a row that say that the data, not a sample, is broken. The first half of them are looked
+# for in the same shard, which is at hand.
+SUBSTITUTES = 16
+# Up to so many samples, all are shuffled together.
+WHOLE = 1 << 22
+# Shards that are shuffled together where all cannot be.
+WINDOW_SHARDS = 8
+# Orders of windows that are kept, in bytes; the latest ones.
+KEPT = 100 << 20
 
 Ids = NDArray[np.int64]
+Tail = Literal["drop", "pad", "wrap"]
 
 
 class PlanError(DataError):
     """A plan that these settings and this data cannot have, or a stream state of another one."""
+
+
+class Share(NamedTuple):
+    """One dataset of a plan.
+
+    Attributes:
+        fingerprint: of the split whose samples are ordered.
+        sizes: samples a shard, in the manifest's order.
+        weight: its part of every global batch, relative to the other datasets' weights.
+        name: for messages.
+    """
+
+    fingerprint: str
+    sizes: ArrayLike
+    weight: float = 1.0
+    name: str = "the data"
+
+
+class Draw(NamedTuple):
+    """Planned samples: their ids, and for each how often its dataset had been gone through before."""
+
+    ids: Ids
+    epochs: Ids
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,68 +77,111 @@ class Plan:
     """Which sample is seen when. Settings in, ids out; it reads no data.
 
     Attributes:
-        fingerprint: of the split whose samples are ordered.
-        sizes: samples a shard, in the manifest's order.
+        datasets: one, or several that are mixed.
         seed: of every permutation.
         global_batch: B, pairs a step over all ranks.
-        lanes: C; divides B.
+        lanes: C.
         window: samples that are shuffled among each other within a lane.
+        tail: what becomes of an epoch's last, incomplete batch: `drop` leaves its samples for another epoch's
+            shuffle, `pad` fills it with the epoch's first ones, `wrap` with those of the next epoch.
     """
 
-    fingerprint: str
-    sizes: tuple[int, ...]
+    datasets: Sequence[Share]
     seed: int
     global_batch: int
     lanes: int = 1
-    window: int = 1 << 22
-    _orders: dict[tuple[object, ...], Any] = field(default_factory=dict, init=False, repr=False)
+    window: int = WHOLE
+    tail: Tail = "drop"
 
     def __post_init__(self) -> None:
-        if self.global_batch % self.lanes:
+        if self.lanes > self.global_batch:
             raise PlanError(
-                f"data.lanes = {self.lanes} does not divide train.batch_size = {self.global_batch}. "
-                "Choose lanes that do; 1 always works."
+                f"data.lanes = {self.lanes} is more than train.batch_size = {self.global_batch}, so that some lanes "
+                "would never be read. Lower it; 1 always works."
             )
-        if self.samples < self.global_batch:
-            raise PlanError(
-                f"the data has {self.samples} samples, fewer than one batch of {self.global_batch}. "
-                f"Lower train.batch_size to at most {max(self.samples, 1)}, or add data."
-            )
+        for dataset, order in zip(self.datasets, self._orders, strict=True):
+            if order.count == 0:
+                raise PlanError(
+                    f"{dataset.name}: weight {dataset.weight} gives it none of the {self.global_batch} places of a "
+                    "batch. Raise the weight or train.batch_size."
+                )
+            needed = order.count if self.tail == "drop" or (self.tail == "pad" and self.lanes > 1) else 1
+            if order.samples < needed:
+                raise PlanError(
+                    f"{dataset.name} has {order.samples} samples, fewer than the {needed} that it gives to a batch of "
+                    f"{self.global_batch}. Lower train.batch_size, or add data."
+                )
+        fingerprints = [dataset.fingerprint for dataset in self.datasets]
+        if len(set(fingerprints)) < len(fingerprints):
+            raise PlanError("the same dataset is listed twice. Give it once, with a larger weight.")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}  # what was made is made again
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """The dataset's; of several, a hash of all."""
+        if len(self.datasets) == 1:
+            return self.datasets[0].fingerprint
+        return hashlib.sha256("\n".join(dataset.fingerprint for dataset in self.datasets).encode()).hexdigest()
 
     @functools.cached_property
     def samples(self) -> int:
-        return sum(self.sizes)
+        """Samples of all datasets."""
+        return sum(order.samples for order in self._orders)
 
     @property
-    def steps_per_epoch(self) -> int:
-        """Whole global batches in an epoch; the tail of fewer than B samples waits for another epoch's shuffle."""
-        return self.samples // self.global_batch
+    def dropped_tail(self) -> int:
+        """Samples of the first dataset that an epoch leaves out."""
+        first = self._orders[0]
+        return first.samples % first.count if self.tail == "drop" else 0
+
+    def epoch(self, step: int) -> int:
+        """How often the first dataset had been gone through before the last sample of `step`."""
+        return self._orders[0].epoch_of_last(step)
+
+    def first_step(self, epoch: int) -> int:
+        """The first step that begins in an epoch of the first dataset."""
+        return self._orders[0].first_step(epoch)
 
     def global_ids(self, step: int) -> Ids:
-        """(B,) ids of global batch `step`, counted from 0 over all epochs, in order. O(B) once a window is made."""
-        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
-        share = self.global_batch // self.lanes
-        positions = np.arange(step_in_epoch * share, (step_in_epoch + 1) * share)
-        return np.concatenate([self._lane_ids(epoch, lane, positions) for lane in range(self.lanes)])
+        """(B,) ids of global batch `step`, counted from 0 over all epochs, in order."""
+        return self.draw(step, 0, self.global_batch).ids
 
-    def rank_ids(self, step: int, rank: int, world: int) -> Ids:
-        """The ids of `step` that rank `rank` of `world` takes."""
-        bounds = rank_bounds(self.global_batch, world)
-        return self.global_ids(step)[bounds[rank] : bounds[rank + 1]]
+    def draw(self, step: int, begin: int, end: int) -> Draw:
+        """Positions begin … end of global batch `step`. O(end - begin) once their windows are made."""
+        parts = [order.draw(step, *piece) for order, *piece in self._pieces(begin, end)]
+        return Draw(np.concatenate([part.ids for part in parts]), np.concatenate([part.epochs for part in parts]))
+
+    def shards(self, step: int, begin: int, end: int, ahead: int = 1) -> list[int]:
+        """The shards that positions begin … end need from `step` on: those of their windows, and of `ahead` more.
+
+        Soonest first: each lane's shards of this window, then of the next one, lanes in turn.
+        """
+        needed = [
+            list(order.shards(step, lane, low, high, ahead)) for order, lane, low, high in self._pieces(begin, end)
+        ]
+        in_turn = (shard for windows in itertools.zip_longest(*needed, fillvalue=()) for w in windows for shard in w)
+        return list(dict.fromkeys(in_turn))
 
     def substitute(self, sample: int, attempt: int) -> int:
         """The sample that stands in for an unreadable one: the same choice on any rank, in any run."""
+        shard = self.locate(sample)[0]
+        first, size = int(self._starts[shard]), int(self._starts[shard + 1] - self._starts[shard])
+        if attempt >= SUBSTITUTES // 2:
+            order = next(order for order in self._orders if sample < order.offset + order.samples)
+            first, size = order.offset, order.samples
         bits = _philox(self.seed, "substitute", sample, attempt).random_raw(1)
-        return int(bits[0] % np.uint64(self.samples))
+        return first + int(bits[0] % np.uint64(size))
 
-    def locate(self, sample: int) -> tuple[int, int]:
-        """Id → (shard, index in shard)."""
-        shard = int(np.searchsorted(self._starts, sample, side="right")) - 1
-        return shard, int(sample - self._starts[shard])
+    def locate(self, ids: ArrayLike) -> tuple[Ids, Ids]:
+        """Ids → (shards, indices in them); shards are numbered through the datasets."""
+        shards = np.searchsorted(self._starts, ids, side="right") - 1
+        return shards, np.asarray(ids) - self._starts[shards]
 
     def state(self, step: int) -> dict[str, Any]:
         """The stream's state once `step` global batches were attempted: all that an exact resume needs."""
-        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
+        epoch, step_in_epoch = self._orders[0].place(step)
         return {
             "plan_version": PLAN_VERSION,
             "fingerprint": self.fingerprint,
@@ -110,62 +191,254 @@ class Plan:
             "global_batch": self.global_batch,
             "lanes": self.lanes,
             "window": self.window,
-            "tail": "drop",
-            "mixture": [[self.fingerprint, 1.0]],
+            "tail": self.tail,
+            "mixture": [[dataset.fingerprint, order.count] for dataset, order in self._by_dataset],
         }
 
-    def resume(self, state: dict[str, Any]) -> int:
-        """The number of global batches that a saved state has attempted.
+    def changes(self, state: dict[str, Any]) -> list[str]:
+        """What differs between a saved state's order of samples and this one, each as `key: old -> new`."""
+        own = self.state(0)
+        return [
+            f"{key}: {state.get(key)!r} -> {own[key]!r}"
+            for key in own
+            if state.get(key) != own[key] and key not in ("epoch", "step_in_epoch")
+        ]
 
-        Raises:
-            PlanError: the state belongs to another order; every differing key is named.
+    def step_of(self, state: dict[str, Any]) -> int:
+        """The number of global batches that a saved state of this plan has attempted."""
+        return self.first_step(int(state["epoch"])) + int(state["step_in_epoch"])
+
+    def _pieces(self, begin: int, end: int) -> Iterator[tuple[_Order, int, int, int]]:
+        """(dataset's order, lane, first, end) of positions begin … end of a global batch, in order.
+
+        A lane's part of the batch is that of the first dataset, then that of the second, …
         """
-        epoch, step_in_epoch = int(state["epoch"]), int(state["step_in_epoch"])
-        step = epoch * self.steps_per_epoch + step_in_epoch
-        own = self.state(step)
-        changed = [f"{key}: {state.get(key)!r} -> {own[key]!r}" for key in own if state.get(key) != own[key]]
-        if changed:
-            raise PlanError(
-                f"the checkpoint's order of samples is not this run's ({'; '.join(changed)}). "
-                "Give the data and settings that the run was started with, or start another run folder."
-            )
-        return step
+        lane = int(np.searchsorted(self._lane_starts, begin, side="right")) - 1
+        while lane < self.lanes and (at := int(self._lane_starts[lane])) < end:
+            for order in self._orders:
+                low, high = max(begin - at, 0), min(end - at, order.part(lane))
+                if low < high:
+                    yield order, lane, low, high
+                at += order.part(lane)
+            lane += 1
+
+    @property
+    def _by_dataset(self) -> Iterator[tuple[Share, _Order]]:
+        return zip(self.datasets, self._orders, strict=True)
+
+    @functools.cached_property
+    def _lane_starts(self) -> Ids:
+        """(C,) where each lane's part of a global batch begins."""
+        lanes = np.arange(self.lanes)
+        return np.sum([lanes * order.count // self.lanes for order in self._orders], axis=0)
 
     @functools.cached_property
     def _starts(self) -> Ids:
         """(shards + 1,) first id of each shard, and N."""
-        return np.cumsum((0, *self.sizes), dtype=np.int64)
+        return np.concatenate([[0], *(order.starts[1:] + order.offset for order in self._orders)]).astype(np.int64)
 
-    def _lane_ids(self, epoch: int, lane: int, positions: Ids) -> Ids:
-        """Ids at `positions` (ascending) of a lane's shuffled order."""
-        begin, end = (self.samples * edge // self.lanes for edge in (lane, lane + 1))
-        # A first window of its own length for each lane: no two lanes cross into new shards at the same step.
-        first = max(1, min(self.window, end - begin) * (lane + 1) // self.lanes)
-        windows = np.where(positions < first, 0, 1 + (positions - first) // self.window)
+    @functools.cached_property
+    def _orders(self) -> list[_Order]:
+        made = list[_Order]()
+        offset = shard = 0
+        for dataset, count in zip(self.datasets, self._counts(), strict=True):
+            made.append(_Order(dataset, self, count, offset, shard))
+            offset += made[-1].samples
+            shard += len(made[-1].starts) - 1
+        return made
+
+    def _counts(self) -> list[int]:
+        """Places of each dataset in a global batch: B, divided by largest remainder."""
+        weights = [dataset.weight for dataset in self.datasets]
+        exact = [self.global_batch * weight / sum(weights) for weight in weights]
+        counts = [int(value) for value in exact]
+        by_remainder = sorted(range(len(exact)), key=lambda index: (counts[index] - exact[index], index))
+        for index in by_remainder[: self.global_batch - sum(counts)]:
+            counts[index] += 1
+        return counts
+
+
+class _Order:
+    """One dataset's samples in lanes: (step, lane, place in its part of the batch) → id.
+
+    Args:
+        dataset: whose.
+        plan: with its seed, lanes, window and tail.
+        count: n, its places in a global batch, of which lane l has floor(l·n/C) … floor((l+1)·n/C).
+        offset: its first id.
+        first_shard: its first shard's number.
+    """
+
+    def __init__(self, dataset: Share, plan: Plan, count: int, offset: int, first_shard: int) -> None:
+        self.count, self.offset, self.first_shard = count, offset, first_shard
+        self.key, self.lanes, self.window, self.tail = (
+            (plan.seed, dataset.fingerprint),
+            plan.lanes,
+            plan.window,
+            plan.tail,
+        )
+        self.starts: Ids = np.concatenate([[0], np.cumsum(np.asarray(dataset.sizes, np.int64))]).astype(np.int64)
+        self.samples = int(self.starts[-1])
+        self._kept: OrderedDict[tuple[int, int, int], NDArray[Any]] = OrderedDict()
+        self._kept_bytes = 0
+        self._line = functools.lru_cache(maxsize=2)(self._make_line)
+
+    def part(self, lane: int) -> int:
+        """Places that a lane has in a global batch."""
+        return self._first_place(lane + 1) - self._first_place(lane)
+
+    def _first_place(self, lane: int) -> int:
+        return lane * self.count // self.lanes
+
+    def place(self, step: int) -> tuple[int, int]:
+        """Step → (epoch, step in epoch)."""
+        epoch = step * self.count // self.samples if self.tail == "wrap" else step // self._steps
+        return epoch, step - self.first_step(epoch)
+
+    def epoch_of_last(self, step: int) -> int:
+        """The epoch of the last sample of a step."""
+        return ((step + 1) * self.count - 1) // self.samples if self.tail == "wrap" else self.place(step)[0]
+
+    def first_step(self, epoch: int) -> int:
+        """The first step that begins in an epoch."""
+        return -(-epoch * self.samples // self.count) if self.tail == "wrap" else epoch * self._steps
+
+    @property
+    def _steps(self) -> int:
+        return -(-self.samples // self.count) if self.tail == "pad" else self.samples // self.count
+
+    def draw(self, step: int, lane: int, low: int, high: int) -> Draw:
+        """Samples low … high of those that a lane gives to a step."""
+        epochs, positions = self._positions(step, lane, low, high)
+        ids = np.empty_like(positions)
+        for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
+            ids[epochs == epoch] = self._ids(epoch, lane, positions[epochs == epoch])
+        return Draw(ids + self.offset, epochs)
+
+    def shards(self, step: int, lane: int, low: int, high: int, ahead: int) -> Iterator[list[int]]:
+        """The shards of each window that a lane's samples low … high of a step lie in, and of `ahead` more."""
+        epochs, positions = self._positions(step, lane, low, high)
+        for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
+            for window in np.unique(self._window_of(epoch, lane, positions[epochs == epoch])):
+                yield self._shards_of(epoch, lane, int(window))
+        for _ in range(ahead):
+            epoch, window = self._after(epoch, lane, int(window))
+            yield self._shards_of(epoch, lane, window)
+
+    def _shards_of(self, epoch: int, lane: int, window: int) -> list[int]:
+        begin, _ = self._lane(epoch, lane)
+        first, end = self._window(epoch, lane, window)
+        shards, ends = self._line(epoch)
+        low, high = np.searchsorted(ends, [begin + first, begin + end - 1], side="right")
+        return [int(shard) + self.first_shard for shard in shards[low : high + 1]]
+
+    def _after(self, epoch: int, lane: int, window: int) -> tuple[int, int]:
+        """The epoch and window that follow a window."""
+        begin, end = self._lane(epoch, lane)
+        if self._window(epoch, lane, window)[1] < end - begin:
+            return epoch, window + 1
+        while True:
+            epoch += 1
+            begin, end = self._lane(epoch, lane)
+            if begin < end:  # `wrap` may leave a lane without a sample in an epoch that is shorter than a batch
+                return epoch, 0
+
+    def _positions(self, step: int, lane: int, low: int, high: int) -> tuple[Ids, Ids]:
+        """(epochs, positions in the lane) of the samples low … high that it gives to a step."""
+        if self.tail == "wrap":
+            taken = self._first_place(lane) + np.arange(low, high) + step * self.count
+            epochs = taken // self.samples
+            before = self._taken(epochs * self.samples, lane + 1) - self._taken(epochs * self.samples, lane)
+            return epochs, self._taken(taken, lane + 1) - self._taken(taken, lane) - before
+        epoch, step_in_epoch = self.place(step)
+        begin, end = self._lane(epoch, lane)
+        first = step_in_epoch * self.part(lane)
+        positions = np.arange(first + low, first + high) % (end - begin)
+        return np.full_like(positions, epoch), positions
+
+    def _lane(self, epoch: int, lane: int) -> tuple[int, int]:
+        """A lane's stretch of the line, as long as its part of the batch asks for."""
+        if self.tail == "wrap":  # what the batches between an epoch's first and last sample take of each lane
+            first, end = epoch * self.samples, (epoch + 1) * self.samples
+            low, high = (int(self._taken(end, edge) - self._taken(first, edge)) for edge in (lane, lane + 1))
+            return low, high
+        low, high = self._first_place(lane), self._first_place(lane + 1)
+        return self.samples * low // self.count, self.samples * high // self.count
+
+    def _taken(self, count: Any, lane: int) -> Any:
+        """Of the first `count` samples of all batches, those that belong to lanes before `lane`."""
+        first = self._first_place(lane)
+        return count // self.count * first + np.minimum(count % self.count, first)
+
+    def _ids(self, epoch: int, lane: int, positions: Ids) -> Ids:
+        """Ids at positions of a lane's shuffled order."""
+        begin, _ = self._lane(epoch, lane)
+        windows = self._window_of(epoch, lane, positions)
         line = np.empty_like(positions)
         for window in np.unique(windows):
-            low = 0 if window == 0 else first + (window - 1) * self.window
-            high = min(first if window == 0 else low + self.window, end - begin)
+            low, high = self._window(epoch, lane, int(window))
             chosen = windows == window
-            order = self._permutation(int(high - low), "window", epoch, lane, int(window))
-            line[chosen] = begin + low + order[positions[chosen] - low]
-        shards = self._permutation(len(self.sizes), "shards", epoch)
-        ends = np.cumsum(np.diff(self._starts)[shards], dtype=np.int64)
+            line[chosen] = self._shuffled(high - low, (epoch, lane, int(window)))[positions[chosen] - low]
+            line[chosen] += begin + low  # only now: the order within a window is kept in a narrow type
+        shards, ends = self._line(epoch)
         place = np.searchsorted(ends, line, side="right")
         # Where a sample lies in its shard, counted back from the shard's end in the line and in the split.
-        ids: Ids = self._starts[shards[place] + 1] - (ends[place] - line)
+        ids: Ids = self.starts[shards[place] + 1] - (ends[place] - line)
         return ids
 
-    def _permutation(self, length: int, purpose: str, *keys: int) -> Ids:
-        """A permutation of its own for each purpose and key; the latest are kept."""
-        key = (purpose, *keys)
-        if key not in self._orders:
-            if len(self._orders) > 2 * self.lanes + 2:
-                self._orders.clear()
-            bits = _philox(self.seed, purpose, *keys).random_raw(length)
-            self._orders[key] = np.argsort(bits, kind="stable")
-        order: Ids = self._orders[key]
+    def _window_of(self, epoch: int, lane: int, positions: Ids) -> Ids:
+        first, second = self._first_borders(epoch, lane)
+        later = 2 + (positions - second) // self.window
+        return np.where(positions < first, 0, np.where(positions < second, 1, later))
+
+    def _window(self, epoch: int, lane: int, window: int) -> tuple[int, int]:
+        """(first, end) positions of a window in its lane."""
+        first, second = self._first_borders(epoch, lane)
+        later = second + (window - 2) * self.window
+        low, high = {0: (0, first), 1: (first, second)}.get(window, (later, later + self.window))
+        begin, end = self._lane(epoch, lane)
+        return low, min(high, end - begin)
+
+    def _first_borders(self, epoch: int, lane: int) -> tuple[int, int]:
+        """The ends of a lane's first two windows; all later ones have the full length.
+
+        The first holds two shards at most, so that training can begin once they are there. The second has a length
+        of its own for each lane, so that no two lanes cross into new shards at the same step.
+        """
+        begin, end = self._lane(epoch, lane)
+        if self.window >= end - begin:
+            return end - begin, end - begin
+        _, ends = self._line(epoch)
+        second_shard = min(int(np.searchsorted(ends, begin, side="right")) + 1, len(ends) - 1)
+        first = min(int(ends[second_shard]) - begin, self.window)
+        return first, first + max(1, self.window * (lane + 1) // self.lanes)
+
+    def _make_line(self, epoch: int) -> tuple[NDArray[np.uint32], Ids]:
+        """An epoch's shards in order, and where each ends in the line."""
+        shards = _permutation(len(self.starts) - 1, *self.key, "shards", epoch).astype(np.uint32)
+        return shards, np.cumsum(np.diff(self.starts)[shards])
+
+    def _shuffled(self, length: int, window: tuple[int, int, int]) -> NDArray[Any]:
+        """The order within a window (epoch, lane, number); the latest are kept, in the smallest type that does."""
+        if (found := self._kept.get(window)) is not None:
+            self._kept.move_to_end(window)
+            return found
+        order = _permutation(length, *self.key, "window", *window).astype(np.uint16 if length <= 1 << 16 else np.uint32)
+        self._kept[window] = order
+        self._kept_bytes += order.nbytes
+        while self._kept_bytes > KEPT and len(self._kept) > 1:
+            self._kept_bytes -= self._kept.popitem(last=False)[1].nbytes
         return order
+
+
+def layout(samples: int, shards: int, batch: int, world: int, *, remote: bool) -> tuple[int, int]:
+    """(lanes, window) for a run that starts now.
+
+    On this machine's disk any sample can be read at any time: up to WHOLE samples are shuffled together. Else each
+    rank reads a lane of its own, so that no two nodes read the same shards; remote shards a few at a time.
+    """
+    lanes = min(world, batch) if remote or samples > WHOLE else 1
+    return lanes, WINDOW_SHARDS * -(-int(samples) // shards) if remote else WHOLE
 
 
 def rank_bounds(batch: int, world: int) -> list[int]:
@@ -178,14 +451,47 @@ def batch_sha256(ids: Sequence[int] | Ids) -> str:
     return hashlib.sha256(np.ascontiguousarray(ids, dtype="<i8").tobytes()).hexdigest()
 
 
-def sample_uniforms(seed: int, epoch: int, sample: int, count: int) -> NDArray[np.float64]:
-    """(count,) numbers in [0, 1): all that is random about a sample in an epoch, its text and its crop."""
-    bits = _philox(seed, "sample", epoch, sample).random_raw(count)
-    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
+class SampleUniforms:
+    """All that is random about a sample in an epoch, its text and its crop: `count` numbers in [0, 1).
+
+    They are a stretch of the epoch's Philox stream that belongs to the sample alone.
+    """
+
+    def __init__(self, seed: int, count: int) -> None:
+        self._seed, self._count, self._blocks = seed, count, -(-count // 4)  # Philox4x64 makes four numbers at a time
+        self._streams: dict[int, tuple[np.random.Philox, int]] = {}
+
+    def __call__(self, epochs: Sequence[int], samples: Sequence[int]) -> NDArray[np.float64]:
+        """(N, count) numbers of N samples, each in its epoch."""
+        bits_NK = np.empty((len(samples), self._count), np.uint64)
+        for row, (epoch, sample) in enumerate(zip(epochs, samples, strict=True)):
+            if epoch not in self._streams:
+                self._streams = {epoch: (_philox(self._seed, "sample", epoch), 0), **self._streams}
+                self._streams = dict(itertools.islice(self._streams.items(), 4))
+            stream, at = self._streams[epoch]
+            stream.advance((sample * self._blocks - at) % (1 << 256))
+            bits_NK[row] = stream.random_raw(self._count)
+            self._streams[epoch] = stream, (sample + 1) * self._blocks
+        return (bits_NK >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-def _philox(seed: int, purpose: str, *keys: int) -> np.random.Philox:
-    """A generator of its own for each purpose and key: 128 bits of a hash are Philox's key."""
-    text = ":".join([purpose, *map(str, (seed, *keys))])
+def _permutation(length: int, seed: int, *keys: object) -> NDArray[np.uint64]:
+    """A permutation of its own for each seed and keys.
+
+    A number's place goes into the low bits of its random ones, which leaves 42 of those even for four million, and
+    what a sort of the whole has left there is the stable argsort of the rest.
+    """
+    low = np.uint64((1 << max(length - 1, 1).bit_length()) - 1)
+    bits: NDArray[np.uint64] = _philox(seed, *keys).random_raw(length)
+    bits &= ~low
+    bits |= np.arange(length, dtype=np.uint64)
+    bits.sort()
+    bits &= low
+    return bits
+
+
+def _philox(seed: int, *keys: object) -> np.random.Philox:
+    """A generator of its own for each seed and keys: 128 bits of a hash are Philox's key."""
+    text = ":".join(map(str, (seed, *keys)))
     key = np.frombuffer(hashlib.sha256(text.encode()).digest()[:16], dtype="<u8")
     return np.random.Philox(key=key)

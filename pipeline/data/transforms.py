@@ -5,104 +5,189 @@ Shapes: C = 3 channels, H and W = the image's height and width, S = the model's 
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
-from torch.nn.functional import interpolate
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2.functional import rgb_to_grayscale
 
 CROP_TRIES = 10
 # Random numbers that a sample may use: field, text, grayscale, then four a crop try.
 UNIFORMS = 3 + 4 * CROP_TRIES
+# Aspect ratios that a crop may have.
+RATIOS = 3 / 4, 4 / 3
+
+
+# Bytes that may be read in place.
+Buffer = bytes | bytearray | memoryview
 
 
 class BadSample(ValueError):  # noqa: N818 (it describes a sample, not a failure of ours)
     """A sample that cannot be used; the message is the reason."""
 
 
-def decode(data: bytes) -> Tensor:
-    """Encoded image → (C, H, W) uint8 RGB."""
+class Box(NamedTuple):
+    """A rectangle of an image, in pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+def crop_fast(data: Buffer, shapes: Sequence[float], interpolation: str, out_1CSS: Tensor) -> None:
+    """Decode by libjpeg-turbo, crop, and resize with antialiasing, all in uint8, straight into place.
+
+    It differs from Pillow's way by rounding: see tests/pipeline/test_transforms.py.
+    """
+    image_CHW = decode(data)
+    channels, full_height, full_width = image_CHW.shape
+    top, left, height, width = crop_box(full_height, full_width, shapes)
+    by_channel, by_row, by_column = image_CHW.stride()
+    crop_1CHW = image_CHW.as_strided(
+        (1, channels, height, width), (0, by_channel, by_row, by_column), top * by_row + left * by_column
+    )
+    RESIZE[interpolation].out(crop_1CHW, out_1CSS.shape[2:], False, None, None, out=out_1CSS)
+
+
+def crop_exact(data: Buffer, shapes: Sequence[float], interpolation: str, out_1CSS: Tensor) -> None:
+    """Decode, crop and resize by Pillow: the very pixels of open_clip's transform, more slowly."""
+    image = _with_pillow(data)
+    top, left, height, width = crop_box(image.height, image.width, shapes)
+    crop = image.crop((left, top, left + width, top + height))
+    resized = crop.resize((out_1CSS.shape[3], out_1CSS.shape[2]), Image.Resampling[interpolation.upper()])
+    out_1CSS[0] = torch.from_numpy(np.array(resized)).permute(2, 0, 1)
+
+
+# Encoded image, its `crop_shapes`, resize filter, (1, C, S, S) uint8 to write into.
+CROPS: dict[str, Callable[[Buffer, Sequence[float], str, Tensor], None]] = {"fast": crop_fast, "exact": crop_exact}
+# What torch.nn.functional.interpolate calls for antialias=True; called directly, it writes into memory of ours.
+RESIZE: dict[str, Any] = {
+    "bicubic": torch.ops.aten._upsample_bicubic2d_aa,
+    "bilinear": torch.ops.aten._upsample_bilinear2d_aa,
+}
+
+
+def decode(data: Buffer) -> Tensor:
+    """Encoded image → (C, H, W) uint8 RGB; what libjpeg-turbo and libpng do not take, Pillow is asked for."""
     if not data:
         raise BadSample("no image")
     try:
-        return decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
-    except RuntimeError as error:
+        image_CHW = decode_image(torch.frombuffer(data, dtype=torch.uint8), mode=ImageReadMode.RGB)
+    except RuntimeError:
+        image_CHW = None
+    if image_CHW is None or image_CHW.dtype != torch.uint8:
+        image_CHW = torch.from_numpy(np.array(_with_pillow(data))).permute(2, 0, 1)
+    return image_CHW
+
+
+def _with_pillow(data: Buffer) -> Image.Image:
+    if not data:
+        raise BadSample("no image")
+    try:
+        return Image.open(io.BytesIO(data)).convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise BadSample(f"undecodable image: {str(error).splitlines()[0]}") from None
 
 
-def random_crop(
-    image_CHW: Tensor,
-    size: tuple[int, int],
-    scale: tuple[float, float],
-    interpolation: str,
-    uniforms: NDArray[np.float64],
-) -> Tensor:
-    """A random resized crop (Szegedy et al. 2015), with torchvision's rule for area and aspect ratio.
+def maybe_grayscale(image_1CSS: Tensor, share: float, uniform: float) -> None:
+    """Where `uniform` is below `share`, put an image's luma (ITU-R BT.601) into all three channels, in place."""
+    if uniform < share:
+        image_1CSS.copy_(rgb_to_grayscale(image_1CSS, num_output_channels=3))
+
+
+def crop_shapes(uniforms: NDArray[np.float64], scale: tuple[float, float]) -> NDArray[np.float64]:
+    """Random crops (Szegedy et al. 2015) by torchvision's rule, for images of any size; several tries for each.
 
     Args:
-        image_CHW: uint8.
-        size: (height, width) of the result.
+        uniforms: (…, 4 × CROP_TRIES) numbers in [0, 1).
         scale: range of the crop's share of the image's area.
-        interpolation: `bicubic` or `bilinear`, with antialiasing.
-        uniforms: (4 × CROP_TRIES,) numbers in [0, 1).
 
     Returns:
-        (C, *size) uint8.
+        (…, 4 × CROP_TRIES): for each try height and width, in parts of the square root of the image's area, and
+        where the crop lies in what is left above and beside it.
     """
-    height, width = image_CHW.shape[-2:]
-    top, left, crop_height, crop_width = crop_box(height, width, scale, uniforms)
-    crop_CHW = image_CHW[:, top : top + crop_height, left : left + crop_width]
-    return interpolate(crop_CHW[None], size=size, mode=interpolation, antialias=True)[0]
+    shapes = uniforms.copy()
+    low, high = map(math.log, RATIOS)
+    area, ratio = (
+        scale[0] + (scale[1] - scale[0]) * uniforms[..., 0::4],
+        np.exp(low + (high - low) * uniforms[..., 1::4]),
+    )
+    shapes[..., 0::4], shapes[..., 1::4] = np.sqrt(area / ratio), np.sqrt(area * ratio)
+    return shapes
 
 
-def maybe_grayscale(image_CSS: Tensor, share: float, uniform: float) -> Tensor:
-    """The image, or where `uniform` is below `share` its luma in all three channels (ITU-R BT.601)."""
-    return rgb_to_grayscale(image_CSS, num_output_channels=3) if uniform < share else image_CSS
+def crop_box(height: int, width: int, shapes: Sequence[float]) -> Box:
+    """The first of a sample's `crop_shapes` that fits an image; if none does, the central crop of an allowed ratio."""
+    root = math.sqrt(height * width)
+    highest, widest = (height + 0.5) / root, (width + 0.5) / root
+    numbers = iter(shapes)
+    for high, wide, above, beside in zip(numbers, numbers, numbers, numbers, strict=True):
+        if high < highest and wide < widest:
+            crop_height, crop_width = max(1, round(root * high)), max(1, round(root * wide))
+            top, left = above * (height - crop_height + 1), beside * (width - crop_width + 1)
+            return Box(int(top), int(left), crop_height, crop_width)
+    crop_width = min(width, round(height * RATIOS[1]))
+    crop_height = min(height, round(width / RATIOS[0]))
+    return Box((height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width)
 
 
-def crop_box(
-    height: int, width: int, scale: tuple[float, float], uniforms: NDArray[np.float64]
-) -> tuple[int, int, int, int]:
-    """(top, left, height, width) of a random crop; the central one of an allowed ratio if no try fits."""
-    low, high = math.log(3 / 4), math.log(4 / 3)
-    for area_u, ratio_u, top_u, left_u in uniforms.reshape(CROP_TRIES, 4):
-        area = height * width * (scale[0] + (scale[1] - scale[0]) * area_u)
-        ratio = math.exp(low + (high - low) * ratio_u)
-        crop_width, crop_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if 0 < crop_width <= width and 0 < crop_height <= height:
-            top, left = int(top_u * (height - crop_height + 1)), int(left_u * (width - crop_width + 1))
-            return top, left, crop_height, crop_width
-    crop_width = min(width, round(height * 4 / 3))
-    crop_height = min(height, round(width * 4 / 3))
-    return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
+class Texts:
+    """The text members of a sample, empty where there is none, read once: which text, and of which image.
 
+    A sample without `json`, or with one that has no such fields (another tool's tar), gives its `txt`.
 
-def choose_text(parts: Mapping[str, bytes], fields: Mapping[str, float], uniforms: NDArray[np.float64]) -> str:
-    """One text of a sample: a field by weight among those it has, then one of the field's texts evenly.
-
-    A sample without `json` (another tool's tar) gives its `txt`.
+    Raises:
+        BadSample: a member cannot be read.
     """
-    try:
-        record: dict[str, Any] = json.loads(parts["json"]) if "json" in parts else {}
-        plain = parts.get("txt", b"").decode("utf-8")
-    except (ValueError, UnicodeDecodeError) as error:
-        raise BadSample(f"unreadable text: {error}") from None
-    present = [(name, weight) for name, weight in fields.items() if weight > 0 and record.get(name)]
-    if not present:
-        if not plain.strip():
+
+    def __init__(self, txt: Buffer, record: Buffer) -> None:
+        self._txt = txt
+        try:
+            found = json.loads(str(record, "utf-8")) if record else {}
+        except ValueError as error:
+            raise BadSample(f"unreadable text: {error}") from None
+        self._record: dict[str, Any] = found if isinstance(found, dict) else {}
+
+    def choose(self, fields: Mapping[str, float], field_u: float, text_u: float) -> str:
+        """One text: a field by weight among those that the sample has, then one of the field's texts evenly."""
+        present = [(texts, weight) for name, weight in fields.items() if weight > 0 and (texts := self._texts(name))]
+        if not present:
+            return self._plain()
+        left, chosen = field_u * sum(weight for _, weight in present), -1
+        while left >= 0:
+            chosen += 1
+            left -= present[chosen][1]
+        texts = present[chosen][0]
+        return str(texts[int(text_u * len(texts))])
+
+    def image_number(self, image: Buffer) -> int:
+        """64 bits that tell the photo from others: of its id, or where the record has none, of its bytes."""
+        known = self._record.get("image_id") or self._record.get("sha256")
+        digest = hashlib.blake2b(str(known).encode() if known else image, digest_size=8).digest()
+        return int.from_bytes(digest, "little", signed=True)
+
+    def _texts(self, field: str) -> list[Any]:
+        texts = self._record.get(field)
+        return texts if isinstance(texts, list) else []
+
+    def _plain(self) -> str:
+        try:
+            text = str(self._txt, "utf-8")
+        except ValueError as error:
+            raise BadSample(f"unreadable text: {error}") from None
+        if not text.strip():
             raise BadSample("no text")
-        return plain
-    names, weights = zip(*present, strict=True)
-    edges = np.cumsum(weights) / sum(weights)
-    texts: Sequence[str] = record[names[int(np.searchsorted(edges, uniforms[0], side="right"))]]
-    return texts[int(uniforms[1] * len(texts))]
+        return text
 
 
 def normalizer(mean: Sequence[float], std: Sequence[float], device: torch.device) -> Callable[[Tensor], Tensor]:
@@ -111,6 +196,6 @@ def normalizer(mean: Sequence[float], std: Sequence[float], device: torch.device
     std_C11 = torch.tensor(std, device=device).view(-1, 1, 1)
 
     def normalize(image_BCSS: Tensor) -> Tensor:
-        return (image_BCSS.to(device, non_blocking=True).float().div(255) - mean_C11) / std_C11
+        return image_BCSS.to(device, non_blocking=True).float().div_(255).sub_(mean_C11).div_(std_C11)
 
     return normalize

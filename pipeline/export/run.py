@@ -37,7 +37,7 @@ def export(run: Path, *, formats: Sequence[str], step: int | None = None) -> dic
     if unknown := [name for name in formats if name not in FORMATS]:
         raise ExportError(f"format {unknown[0]!r} is not known; there is {', '.join(FORMATS)}.")
     trained = loading.load(run, step)
-    inputs = parity.real_inputs(Path(trained.recipe.data.path))
+    inputs = parity.real_inputs(Path(*(one.path for one in trained.recipe.data.datasets[:1])))
     root = run / "export"
     record = root / "parity.json"
     figures = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}

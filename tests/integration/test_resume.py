@@ -106,7 +106,7 @@ def test_other_settings_or_data_are_refused(command, dataset, tmp_path):
     shutil.copytree(dataset, other)
     shard = sorted((other / "train").glob("*.tar"))[0]
     shard.write_bytes(shard.read_bytes()[:-512])
-    assert shard.name in refusal(f"data.path={other}")
+    assert shard.name in refusal(f"data.datasets={other}")
 
 
 def test_a_killed_loader_process_ends_the_run(command):

@@ -10,19 +10,20 @@ from launch.job import Job, LaunchError
 
 
 def test_one_process_is_started_directly_and_several_by_torchrun(tmp_path):
-    one = Job("demo", tmp_path, tmp_path / "run").command()
+    one = Job("demo", "data", tmp_path / "run").command()
     assert one[1:5] == ["-m", "pipeline", "train", "demo"]
-    several = Job("demo", tmp_path, tmp_path / "run", 3, ("optim.lr=1",)).command()
+    several = Job("demo", "data more@2", tmp_path / "run", 3, ("optim.lr=1",)).command()
+    assert "data more@2" in several
     assert several[2:6] == ["torch.distributed.run", "--standalone", "--nproc-per-node=3", "-m"]
     assert several[-2:] == ["optim.lr=1", "train.processes=3"]
 
 
 def test_what_cannot_run_is_refused_with_the_fix(tmp_path, capsys):
     with pytest.raises(LaunchError, match="at least 1"):
-        Job("demo", tmp_path, tmp_path, processes=0)
+        Job("demo", "data", tmp_path, processes=0)
     command = ["submit", "--recipe", "demo", "--run", str(tmp_path / "run")]
-    assert main([*command, "--data", str(tmp_path / "none")]) == 2
-    assert "no such folder" in capsys.readouterr().err
+    assert main([*command, "--data", ""]) == 2
+    assert "names no dataset" in capsys.readouterr().err
     assert main([*command, "--data", str(tmp_path), "--cluster", "mars"]) == 2
     assert "Known are local" in capsys.readouterr().err
 

@@ -38,6 +38,8 @@ def test_defaults_are_written_out_and_read_back():
         ({"train": {"steps": 3}}, ["train.batch_size is required"]),
         ({"data": {"fields": {"caption": 1.0}}}, ["caption", "captions", "statements"]),
         ({"data": {"crop_scale": [1.0, 0.5]}}, ["must ascend"]),
+        ({"data": {"datasets": [{"pat": "a"}]}}, ["unknown key data.datasets.0.pat", "Did you mean path"]),
+        ({"data": {"datasets": "a@-1"}}, ["data.datasets.0.weight", "greater than 0"]),
         ({"checkpoint": {"keep": 1}}, ["checkpoint.keep", "greater than or equal to 2"]),
     ],
 )
@@ -80,14 +82,22 @@ def test_yaml_cannot_make_objects(tmp_path):
         config.load(str(path))
 
 
-def test_resume_may_change_length_and_place_only(tmp_path):
+def test_resume_may_change_length_and_place_only():
     stored = recipe()
-    config.refuse_changes(stored, recipe(train={"steps": 99, "batch_size": 8, "threads": 2}), tmp_path)
-    config.refuse_changes(stored, recipe(data={"workers": 7, "path": "elsewhere"}), tmp_path)
-    with pytest.raises(RecipeError, match=r"optim\.lr: 0\.0005 -> 0\.1"):
-        config.refuse_changes(stored, recipe(optim={"lr": 0.1}), tmp_path)
-    with pytest.raises(RecipeError, match="seed: 0 -> 1"):
-        config.refuse_changes(stored, recipe(seed=1), tmp_path)
+    assert config.changes(stored, recipe(train={"steps": 99, "batch_size": 8, "threads": 2})) == []
+    assert config.changes(stored, recipe(data={"workers": 7, "datasets": "elsewhere"})) == []
+    assert config.changes(stored, recipe(optim={"lr": 0.1})) == ["optim.lr: 0.0005 -> 0.1"]
+    assert config.changes(stored, recipe(seed=1)) == ["seed: 0 -> 1"]
+
+
+def test_datasets_are_a_list_or_a_line_of_words(tmp_path):
+    listed = recipe(data={"datasets": [{"path": "a"}, {"path": "s3://b/c", "weight": 0.5}]}).data.datasets
+    assert recipe(data={"datasets": "a s3://b/c@0.5"}).data.datasets == listed
+    assert [(one.path, one.weight) for one in listed] == [("a", 1.0), ("s3://b/c", 0.5)]
+    spaced = tmp_path / "with a space"
+    spaced.mkdir()
+    assert [one.path for one in recipe(data={"datasets": str(spaced)}).data.datasets] == [str(spaced)]
+    assert recipe(data={"datasets": "me@work/data"}).data.datasets[0].path == "me@work/data"
 
 
 def test_a_recipe_is_checked_without_torch():

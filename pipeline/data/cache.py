@@ -1,0 +1,99 @@
+"""A folder of this machine's for what is fetched and found out, shared by all processes, bounded in size.
+
+CACHE/shards/KEY.npy    where a shard's samples lie; that it is there says that the shard was verified
+CACHE/shards/KEY.tar    a copy of a remote shard; the longest unused go when room is needed
+CACHE/locks/            locks of the file system: one process does what many need, and a killed one leaves none
+CACHE/counts/           how many samples foreign tars hold that say so nowhere
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from data_prep.locations import appearing
+from data_prep.record import DataError
+
+ROOM = "room"
+
+
+@dataclass(frozen=True)
+class Cache:
+    """The folder, and the bytes that copies of remote shards may take in it."""
+
+    path: Path
+    limit: int
+
+    def copy(self, key: str) -> Path:
+        """Where the copy of a remote shard is kept."""
+        return self.path / "shards" / f"{key}.tar"
+
+    def places(self, key: str) -> Path:
+        """Where it is kept where a shard's samples lie."""
+        return self.path / "shards" / f"{key}.npy"
+
+    @contextlib.contextmanager
+    def lock(self, name: str) -> Iterator[None]:
+        """Hold the lock of a key, alone among all processes and threads of this machine."""
+        with self._lock_file(name).open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    @contextlib.contextmanager
+    def appearing(self, path: Path, size: int) -> Iterator[IO[bytes]]:
+        """A file of `size` bytes to write, which appears once it is complete; its room is taken from the start.
+
+        Raises:
+            DataError: the disk has no room for it.
+        """
+        try:
+            with appearing(path) as file:
+                with self.lock(ROOM):
+                    self._make_room(size)
+                    os.posix_fallocate(file.fileno(), 0, max(size, 1))
+                yield file
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            raise DataError(
+                f"{self.path}: no room for {size / 1e6:.1f} MB ({error.strerror}). Free some, lower data.cache_gb, or "
+                "choose another folder with data.cache=…"
+            ) from None
+
+    def _make_room(self, needed: int) -> None:
+        """Remove copies, the longest unused first, until `needed` bytes fit within the limit."""
+        found = []
+        for entry in os.scandir(self.path / "shards"):
+            if not entry.name.endswith(".npy"):
+                with contextlib.suppress(FileNotFoundError):
+                    found.append((entry.stat().st_mtime, entry.stat().st_size, Path(entry)))
+        taken = sum(size for _, size, _ in found)
+        for _, size, copy in sorted(found):
+            if taken + needed <= self.limit:
+                break
+            if copy.suffix == ".tmp" and not self._is_left_over(copy):
+                continue
+            copy.unlink(missing_ok=True)
+            copy.with_suffix(".npy").unlink(missing_ok=True)
+            taken -= size
+
+    def _is_left_over(self, copy: Path) -> bool:
+        """Whether a half-fetched copy belongs to nobody any more."""
+        with self._lock_file(copy.name).open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+            return True
+
+    def _lock_file(self, name: str) -> Path:
+        """A few thousand locks serve millions of keys."""
+        path = self.path / "locks" / (name if name == ROOM else name[:3])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
