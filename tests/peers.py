@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ def environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | ENVIRONMENT
 
 
-def ask(script: str, *arguments: object) -> Any:
+def ask(script: str, *arguments: object, python: Path = BIN / "python", variables: Mapping[str, str] = {}) -> Any:
     """Run a Python script, and return what it has written, as JSON, to the file that sys.argv[1] names.
 
     `arguments` are sys.argv[2:]. The script runs in an empty folder, so that it sees our files only by their paths.
@@ -36,9 +37,9 @@ def ask(script: str, *arguments: object) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "answer.json"
         done = subprocess.run(
-            [BIN / "python", "-c", script, answer, *map(str, arguments)],
+            [python, "-c", script, answer, *map(str, arguments)],
             cwd=folder,
-            env=environment(),
+            env=environment() | variables,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -30,8 +30,8 @@ from pipeline.data import transforms
 from pipeline.data.ahead import Ahead
 from pipeline.data.plan import SUBSTITUTES, Plan, SampleUniforms
 from pipeline.data.shared import Ring, Slot, Watch
-from pipeline.data.store import ShardStore
-from pipeline.data.transforms import Texts
+from pipeline.data.store import ShardStore, Stored
+from pipeline.data.transforms import BadSample, Texts
 
 # Samples of a part at the most: a first batch is made by all processes together, and little waits to be taken.
 PART = 64
@@ -107,6 +107,14 @@ class _Place(NamedTuple):
     shapes: list[float]
 
 
+class _Told(NamedTuple):
+    """A sample's text, the number of its photo, and which sample it is."""
+
+    text: str
+    photo: int
+    sample: int
+
+
 @dataclass(eq=False)
 class Maker(Dataset[Made]):
     """Part → its samples, written into the ring; in a loader process, or in the trainer if there are none."""
@@ -138,19 +146,24 @@ class Maker(Dataset[Made]):
         return made
 
     def _make(self, part: Part, worker: int) -> Made:
-        slot, replaced = self.ring.slot(part.step), list[Replaced]()
+        """Read, then find the texts, then decode: each by itself for all samples keeps a processor's caches warm."""
+        slot, drawn = self.ring.slot(part.step), self.plan.draw(part.step, part.begin, part.end)
         rows = slice(part.at, part.at + part.end - part.begin)
-        texts, samples, images = [], [], []
-        drawn = self.plan.draw(part.step, part.begin, part.end)
-        planned = self._places(drawn.epochs.tolist(), drawn.ids.tolist())
-        for place, out_1CSS in zip(planned, slot.image_BCSS[rows].split(1), strict=True):
-            text, image, sample = self._sample(place, out_1CSS, worker, replaced)
-            texts.append(text)
-            samples.append(sample)
-            images.append(image)
-        slot.token_BL[rows] = self.tokenize(texts)
-        slot.id_B[rows] = torch.tensor(samples)
-        slot.image_B[rows] = torch.tensor(images)
+        places = list(self._places(drawn.epochs.tolist(), drawn.ids.tolist()))
+        read = [self._read(place, worker) for place in places]
+        told: list[_Told | BadSample] = [self._tell(place, stored) for place, stored in zip(places, read, strict=True)]
+        replaced = list[Replaced]()
+        for row, out_1CSS in enumerate(slot.image_BCSS[rows].split(1)):
+            place, stored, found = places[row], read[row], told[row]
+            if not isinstance(found, BadSample):
+                self.watch.at(worker, place.shard)
+                found = self._crop(place, stored, out_1CSS) or found
+            if isinstance(found, BadSample):
+                found = self._replace(place, stored, found, out_1CSS, worker, replaced)
+            told[row] = found
+        texts, photos, samples = zip(*told, strict=True)  # type: ignore[arg-type]
+        slot.token_BL[rows] = self.tokenize(list(texts))
+        slot.image_B[rows], slot.id_B[rows] = torch.tensor(photos), torch.tensor(samples)
         return Made(replaced)
 
     def _places(self, epochs: list[int], samples: list[int]) -> Iterator[_Place]:
@@ -160,28 +173,48 @@ class Maker(Dataset[Made]):
         columns = (*self.plan.locate(samples), uniforms_NK[:, :3], shapes_NK)
         return map(_Place, epochs, samples, *(column.tolist() for column in columns))
 
-    def _sample(self, place: _Place, out_1CSS: Tensor, worker: int, replaced: list[Replaced]) -> tuple[str, int, int]:
-        """Write a sample's crop; (its text, the number of its photo, the sample itself or its substitute)."""
-        how, planned = self.augmentation, place.sample
+    def _read(self, place: _Place, worker: int) -> Stored:
+        self.watch.at(worker, place.shard)
+        return self.store.read(place.shard, place.place)
+
+    def _tell(self, place: _Place, stored: Stored) -> _Told | BadSample:
+        field_u, text_u, _ = place.uniforms
+        try:
+            texts = Texts(stored.txt, stored.json)
+            text = texts.choose(self.augmentation.fields, field_u, text_u)
+        except BadSample as error:
+            return error
+        return _Told(text, texts.image_number(stored.image), place.sample)
+
+    def _crop(self, place: _Place, stored: Stored, out_1CSS: Tensor) -> BadSample | None:
+        how = self.augmentation
+        try:
+            transforms.CROPS[how.decoder](stored.image, place.shapes, how.interpolation, out_1CSS)
+        except BadSample as error:
+            return error
+        transforms.maybe_grayscale(out_1CSS, how.grayscale, place.uniforms[2])
+        return None
+
+    def _replace(
+        self, planned: _Place, stored: Stored, why: BadSample, out_1CSS: Tensor, worker: int, replaced: list[Replaced]
+    ) -> _Told:
+        """Write the crop of the first readable sample that the plan names in place of one."""
+        place = planned
         for attempt in range(SUBSTITUTES):
-            self.watch.at(worker, place.shard)
-            stored = self.store.read(place.shard, place.place)
-            field_u, text_u, grey_u = place.uniforms
-            try:
-                texts = Texts(stored.txt, stored.json)
-                text = texts.choose(how.fields, field_u, text_u)
-                transforms.CROPS[how.decoder](stored.image, place.shapes, how.interpolation, out_1CSS)
-            except transforms.BadSample as error:
-                substitute = self.plan.substitute(planned, attempt)
-                name = self.store.name(place.shard)
-                replaced.append(Replaced(place.sample, stored.key, name, str(error), substitute))
-                (place,) = self._places([place.epoch], [substitute])
-            else:
-                transforms.maybe_grayscale(out_1CSS, how.grayscale, grey_u)
-                return text, texts.image_number(stored.image), place.sample
+            substitute = self.plan.substitute(planned.sample, attempt)
+            shard = self.store.name(place.shard)
+            replaced.append(Replaced(place.sample, stored.key, shard, str(why), substitute))
+            (place,) = self._places([planned.epoch], [substitute])
+            stored = self._read(place, worker)
+            found = self._tell(place, stored)
+            if isinstance(found, _Told):
+                found = self._crop(place, stored, out_1CSS) or found
+            if isinstance(found, _Told):
+                return found
+            why = found
         raise DataError(
-            f"sample {planned} and {SUBSTITUTES - 1} substitutes for it are unreadable; the last was "
-            f"{replaced[-1].key} in {replaced[-1].shard} ({replaced[-1].reason}). Run `python -m data_prep verify`."
+            f"sample {planned.sample} and {SUBSTITUTES} substitutes for it are unreadable; the last was {stored.key} in "
+            f"{self.store.name(place.shard)} ({why}). Run `python -m data_prep verify`."
         )
 
     def _look_ahead(self, step: int, worker: int) -> None:

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_image
+from torchvision.io import ImageReadMode
 from torchvision.transforms.v2.functional import rgb_to_grayscale
 
 CROP_TRIES = 10
@@ -77,12 +77,16 @@ RESIZE: dict[str, Any] = {
 }
 
 
+# What torchvision.io.decode_image calls, without counting its uses.
+DECODE = torch.ops.image.decode_image
+
+
 def decode(data: Buffer) -> Tensor:
     """Encoded image → (C, H, W) uint8 RGB; what libjpeg-turbo and libpng do not take, Pillow is asked for."""
     if not data:
         raise BadSample("no image")
     try:
-        image_CHW = decode_image(torch.frombuffer(data, dtype=torch.uint8), mode=ImageReadMode.RGB)
+        image_CHW = DECODE(torch.frombuffer(data, dtype=torch.uint8), ImageReadMode.RGB.value, False)
     except RuntimeError:
         image_CHW = None
     if image_CHW is None or image_CHW.dtype != torch.uint8:

@@ -189,7 +189,7 @@ def test_data_that_is_all_unreadable_ends_with_one_plain_sentence(tmp_path, work
     one = sealed(tmp_path / "sealed", (1,))
     row = one.shards[0].__class__("train", path.name, path.stat().st_size, "", 30, 30)
     bad = TarSet(str(path.parent), one.shards.of([row]), ("",), "f")
-    with pytest.raises(DataError, match=r"sample \d+ and 15 substitutes") as error:
+    with pytest.raises(DataError, match=r"sample \d+ and 16 substitutes") as error:
         read(bad, range(3), tmp_path, workers=workers)
     assert "Traceback" not in str(error.value)
 
