@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_prep.locations import appearing, open_file, read_bytes
+from data_prep.locations import appearing, exists, open_file, read_bytes
 from data_prep.record import TRAIN, DataError, Kind
 
 if TYPE_CHECKING:
@@ -128,10 +128,10 @@ def read(path: Path) -> Dataset:
     Raises:
         DataError: no dataset there, an unfinished or damaged one, or one that newer code wrote.
     """
-    if (path / REMOVAL).is_file():
+    if exists(path / REMOVAL):
         raise DataError(f"{path}: a removal of samples was cut off. Run the same `python -m data_prep remove` again.")
     for name in (MANIFEST, SEAL, SHARDS):
-        if not (path / name).is_file():
+        if not exists(path / name):
             raise DataError(
                 f"{path}: looked for {name} and found none. Either this is not a sharded dataset, or its build was "
                 "cut off: run the same `python -m data_prep build` again, it goes on where it stopped."

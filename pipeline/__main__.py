@@ -17,6 +17,7 @@ from typing import Annotated
 import typer
 
 from data_prep.record import DataError
+from pipeline.failure import TrainingError
 
 DONE, FAILED, USER_MUST_ACT, REQUEUE = 0, 1, 2, 75
 
@@ -133,9 +134,9 @@ def main(argv: list[str] | None = None) -> int:
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
         app(argv)
-    except DataError as error:
+    except (DataError, TrainingError) as error:
         typer.echo(f"error: {error}", err=True)
-        return USER_MUST_ACT
+        return USER_MUST_ACT if isinstance(error, DataError) else FAILED
     except SystemExit as exit_:
         return int(exit_.code or DONE)
     return DONE

@@ -37,6 +37,7 @@ from pipeline.data.plan import Plan, Share, batch_sha256, layout, rank_bounds
 from pipeline.data.store import ShardStore
 from pipeline.data.tars import TarSet, open_tars
 from pipeline.data.transforms import normalizer
+from pipeline.failure import TrainingError
 from pipeline.loss.info_nce import info_nce
 from pipeline.tracking import Tracker
 
@@ -44,10 +45,6 @@ log = logging.getLogger(__name__)
 
 # Below so many samples, one bad image would be a bad rate over any threshold.
 BAD_RATE_FLOOR = 1000
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on; the last checkpoint is intact."""
 
 
 def train(recipe: Recipe, run: Path) -> str:
@@ -296,7 +293,7 @@ def plan_of(recipe: Recipe, sets: Sequence[TarSet], world: int, state: Mapping[s
     if batch < world:
         raise config.RecipeError(f"train.batch_size = {batch} leaves some of {world} ranks without a pair. Raise it.")
     samples, shards = sum(one.shards.numbers("samples").sum() for one in sets), sum(len(one.shards) for one in sets)
-    lanes, window = layout(samples, shards, batch, world, remote=not all(one.at_hand for one in sets))
+    lanes, window = layout(samples, shards, batch, world, at_hand=all(one.at_hand for one in sets))
     if state:
         lanes, window = state["lanes"], state["window"]
     return Plan(

@@ -45,7 +45,7 @@ def run_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]
 
 def start_trainer(arguments: Sequence[str], *, rank: int = 0, world: int = 1, port: int = 0) -> BaseProcess:
     """`python -m pipeline train ARGUMENTS` in a process of its own, as one rank of `world`."""
-    process = CONTEXT.Process(target=_train, args=(list(arguments), rank, world, port))
+    process = CONTEXT.Process(target=_train, args=(list(arguments), rank, world, port, dict(os.environ)))
     process.start()
     return process
 
@@ -110,7 +110,8 @@ def _in_group(
         raise
 
 
-def _train(arguments: list[str], rank: int, world: int, port: int) -> None:
+def _train(arguments: list[str], rank: int, world: int, port: int, variables: dict[str, str]) -> None:
+    os.environ |= variables  # the server that forks has those of its own start
     if world > 1:
         names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in names.items()}}

@@ -1,4 +1,4 @@
-"""An HTTP server of a folder, with ranges, that fails as asked."""
+"""An HTTP server of a folder, with ranges, that fails as asked; and how a folder gets into a bucket."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote
+
+from data_prep.locations import path_of
 
 # What a request may meet instead of an answer.
 UNAVAILABLE, RESET, SHORT, WRONG, STALL = "503", "reset", "short", "wrong", "stall"
@@ -37,6 +39,9 @@ class FolderServer(ThreadingHTTPServer):
         self.listing = False
         self.requests: Counter[str] = Counter()
         self.released = threading.Event()
+
+    def handle_error(self, *_: object) -> None:
+        """A client that goes away in the middle is what is tested."""
 
     @property
     def url(self) -> str:
@@ -123,3 +128,10 @@ def serving(root: Path) -> Iterator[FolderServer]:
             server.released.set()
             server.shutdown()
             thread.join()
+
+
+def upload(folder: Path, address: str) -> None:
+    """Copy a folder's files to an address."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path_of(f"{address}/{path.relative_to(folder).as_posix()}").write_bytes(path.read_bytes())

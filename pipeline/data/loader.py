@@ -9,6 +9,7 @@ replaced by the one that the plan names, and reported.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import math
@@ -32,6 +33,7 @@ from pipeline.data.plan import SUBSTITUTES, Plan, SampleUniforms
 from pipeline.data.shared import Ring, Slot, Watch
 from pipeline.data.store import ShardStore, Stored
 from pipeline.data.transforms import BadSample, Texts
+from pipeline.failure import TrainingError
 
 # Samples of a part at the most: a first batch is made by all processes together, and little waits to be taken.
 PART = 64
@@ -41,7 +43,7 @@ LOOK_AHEAD_S = 1.0
 log = logging.getLogger(__name__)
 
 
-class LoaderError(RuntimeError):
+class LoaderError(TrainingError):
     """A loader process that died, hangs, or met an error of ours."""
 
 
@@ -161,7 +163,7 @@ class Maker(Dataset[Made]):
             if isinstance(found, BadSample):
                 found = self._replace(place, stored, found, out_1CSS, worker, replaced)
             told[row] = found
-        texts, photos, samples = zip(*told, strict=True)  # type: ignore[arg-type]
+        texts, photos, samples = zip(*told, strict=True)
         slot.token_BL[rows] = self.tokenize(list(texts))
         slot.image_B[rows], slot.id_B[rows] = torch.tensor(photos), torch.tensor(samples)
         return Made(replaced)
@@ -213,8 +215,8 @@ class Maker(Dataset[Made]):
                 return found
             why = found
         raise DataError(
-            f"sample {planned.sample} and {SUBSTITUTES} substitutes for it are unreadable; the last was {stored.key} in "
-            f"{self.store.name(place.shard)} ({why}). Run `python -m data_prep verify`."
+            f"sample {planned.sample} and {SUBSTITUTES} substitutes for it are unreadable; the last was {stored.key} "
+            f"in {self.store.name(place.shard)} ({why}). Run `python -m data_prep verify`."
         )
 
     def _look_ahead(self, step: int, worker: int) -> None:
@@ -275,7 +277,7 @@ class Stream:
             num_workers=workers,
             prefetch_factor=prefetch if workers else None,
             timeout=timeout_s if workers else 0,
-            worker_init_fn=self._watch_over,
+            worker_init_fn=functools.partial(_begin, self._watch),
         )
 
     def __enter__(self) -> Self:
@@ -285,7 +287,7 @@ class Stream:
         return self
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        problem = self._problem() if isinstance(error, RuntimeError) and not isinstance(error, LoaderError) else None
+        problem = self._problem() if isinstance(error, RuntimeError) and not isinstance(error, TrainingError) else None
         if self._watch.workers:
             self._end_processes()
         if self._pin:
@@ -332,15 +334,6 @@ class Stream:
         awaited = self._received % max(self._watch.workers, 1)  # torch deals parts to its processes in turn
         return self._watch.problem(awaited, self._timeout_s, self._maker.store.name)
 
-    def _watch_over(self, worker: int) -> None:
-        """The first thing that a loader process does."""
-        # A stop request reaches the whole process group; loader processes must live until the trainer has saved.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-        self._watch.begin(worker)
-
 
 @dataclass(frozen=True)
 class _PartsOf:
@@ -356,6 +349,16 @@ class _PartsOf:
         for step in self.steps:
             for low, high in itertools.pairwise(cuts):
                 yield Part(step, begin + low, begin + high, low)
+
+
+def _begin(watch: Watch, worker: int) -> None:
+    """The first thing that a loader process does."""
+    # A stop request reaches the whole process group; loader processes must live until the trainer has saved.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    watch.begin(worker)
 
 
 def _as_it_is(made: Any) -> Any:

@@ -81,7 +81,7 @@ class Plan:
         seed: of every permutation.
         global_batch: B, pairs a step over all ranks.
         lanes: C.
-        window: samples that are shuffled among each other within a lane.
+        window: samples that are shuffled among each other within a lane; None for all of a lane's.
         tail: what becomes of an epoch's last, incomplete batch: `drop` leaves its samples for another epoch's
             shuffle, `pad` fills it with the epoch's first ones, `wrap` with those of the next epoch.
     """
@@ -90,7 +90,7 @@ class Plan:
     seed: int
     global_batch: int
     lanes: int = 1
-    window: int = WHOLE
+    window: int | None = None
     tail: Tail = "drop"
 
     def __post_init__(self) -> None:
@@ -388,14 +388,15 @@ class _Order:
 
     def _window_of(self, epoch: int, lane: int, positions: Ids) -> Ids:
         first, second = self._first_borders(epoch, lane)
-        later = 2 + (positions - second) // self.window
+        later = 2 + (positions - second) // (self.window or 1)
         return np.where(positions < first, 0, np.where(positions < second, 1, later))
 
     def _window(self, epoch: int, lane: int, window: int) -> tuple[int, int]:
         """(first, end) positions of a window in its lane."""
         first, second = self._first_borders(epoch, lane)
-        later = second + (window - 2) * self.window
-        low, high = {0: (0, first), 1: (first, second)}.get(window, (later, later + self.window))
+        length = self.window or 0
+        later = second + (window - 2) * length
+        low, high = {0: (0, first), 1: (first, second)}.get(window, (later, later + length))
         begin, end = self._lane(epoch, lane)
         return low, min(high, end - begin)
 
@@ -406,7 +407,7 @@ class _Order:
         of its own for each lane, so that no two lanes cross into new shards at the same step.
         """
         begin, end = self._lane(epoch, lane)
-        if self.window >= end - begin:
+        if self.window is None:
             return end - begin, end - begin
         _, ends = self._line(epoch)
         second_shard = min(int(np.searchsorted(ends, begin, side="right")) + 1, len(ends) - 1)
@@ -431,14 +432,16 @@ class _Order:
         return order
 
 
-def layout(samples: int, shards: int, batch: int, world: int, *, remote: bool) -> tuple[int, int]:
+def layout(samples: int, shards: int, batch: int, world: int, *, at_hand: bool) -> tuple[int, int | None]:
     """(lanes, window) for a run that starts now.
 
-    On this machine's disk any sample can be read at any time: up to WHOLE samples are shuffled together. Else each
-    rank reads a lane of its own, so that no two nodes read the same shards; remote shards a few at a time.
+    Where any sample can be read at any time, up to WHOLE samples are shuffled together. Else each rank reads a lane of
+    its own, so that no two nodes read the same shards, and where these have to arrive first, a few of them at a time.
     """
-    lanes = min(world, batch) if remote or samples > WHOLE else 1
-    return lanes, WINDOW_SHARDS * -(-int(samples) // shards) if remote else WHOLE
+    lanes = 1 if at_hand and samples <= WHOLE else min(world, batch)
+    if at_hand:
+        return lanes, None if samples <= WHOLE else WHOLE
+    return lanes, WINDOW_SHARDS * -(-int(samples) // shards)
 
 
 def rank_bounds(batch: int, world: int) -> list[int]:

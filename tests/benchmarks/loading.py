@@ -8,8 +8,8 @@ bicubically to 224, tokenises one caption, and gives batches of 256 to a process
 batches are not counted, nor is any start. One round is every contestant once; a ratio is the median of the rounds'.
 
 open_clip's trainer reads the same tars with webdataset 0.2.86. mosaicml-streaming reads the same JPEG bytes from its
-own format, with Pillow and open_clip's transform. SPDL gets the bytes from memory and decodes with FFmpeg; it is left out
-where FFmpeg's libraries are missing (Debian: libavdevice59 libavfilter8). Bare decoding is libjpeg-turbo's, by
+own format, with Pillow and open_clip's transform. SPDL gets the bytes from memory and decodes with FFmpeg; it is left
+out where FFmpeg's libraries are missing (Debian: libavdevice59 libavfilter8). Bare decoding is libjpeg-turbo's, by
 torchvision, of the bytes in memory, in two processes.
 """
 
@@ -41,7 +41,7 @@ PER_SHARD = 512
 WORDS = (
     "a the man woman dog cat red blue street people standing holding riding wave table with of on in front large small "
     "group young boy girl two three playing tennis baseball train bus sitting next to"
-).split()
+)
 
 # sys.argv: answer, tars, batches. Each prints nothing and answers how many photos came in how many seconds.
 COMMON = f"""
@@ -93,7 +93,8 @@ from open_clip_train.params import parse_args
 shards = sorted(Path(folder, "train").glob("*.tar"))
 pattern = f"{folder}/train/{{00000..{len(shards) - 1:05d}}}.tar"
 samples = sum(json.loads(Path(folder, "train/sizes.json").read_text()).values()) * PASSES
-options = ["--train-data", "::".join([pattern] * PASSES), "--train-num-samples", samples, "--dataset-type", "webdataset"]
+options = ["--train-data", "::".join([pattern] * PASSES), "--train-num-samples", samples]
+options += ["--dataset-type", "webdataset"]
 options += ["--batch-size", BATCH, "--workers", WORKERS, "--model", "ViT-B-32", "--device", "cpu"]
 args = parse_args([str(option) for option in options])
 init_distributed_device(args)
@@ -194,7 +195,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def build(source: Path, count: int, folder: Path) -> Path:
+def build(source: Path, count: int, folder: Path, per_shard: int = PER_SHARD) -> Path:
     """A dataset of photos with the shorter side at 256 and five captions each, in `folder/data`."""
     from data_prep.__main__ import main as data_prep
 
@@ -203,11 +204,11 @@ def build(source: Path, count: int, folder: Path) -> Path:
         writer = csv.writer(file)
         writer.writerow(["image", *(f"caption{number}" for number in range(5))])
         for photo in photos:
-            captions = [" ".join(words.choices(WORDS, k=words.randint(8, 14))) for _ in range(5)]
+            captions = [" ".join(words.choices(WORDS.split(), k=words.randint(8, 14))) for _ in range(5)]
             writer.writerow([f"photos/{photo.name}", *captions])
     columns = [word for number in range(5) for word in ("--caption-column", f"caption{number}")]
     command = ["build", f"table={folder / 'pairs.csv'}", "--image-column", "image", *columns, "--resize", str(SIDE)]
-    assert data_prep([*command, "--samples-per-shard", str(PER_SHARD), "--out", str(folder / "data")]) == 0
+    assert data_prep([*command, "--samples-per-shard", str(per_shard), "--out", str(folder / "data")]) == 0
     return folder / "data"
 
 

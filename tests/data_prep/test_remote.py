@@ -3,49 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import uuid
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from moto.server import ThreadedMotoServer
 
 from data_prep import locations, manifest
 from data_prep.__main__ import main
 from data_prep.locations import open_file, path_of, read_bytes
 from data_prep.record import DataError
 from tests.data_prep import layouts
-from tests.servers import RESET, SHORT, UNAVAILABLE, serving
-
-
-@pytest.fixture
-def bucket(monkeypatch) -> Iterator[str]:
-    """The address of an empty bucket."""
-    for name, value in {
-        "AWS_ACCESS_KEY_ID": "a",
-        "AWS_SECRET_ACCESS_KEY": "b",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }.items():
-        monkeypatch.setenv(name, value)
-    server = ThreadedMotoServer(port=0, verbose=False)
-    server.start()
-    _, port = server.get_host_and_port()
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
-    import s3fs
-
-    s3fs.S3FileSystem.clear_instance_cache()
-    files = s3fs.S3FileSystem()
-    bucket = f"photos-{uuid.uuid4()}"
-    files.mkdir(bucket)
-    yield f"s3://{bucket}"
-    server.stop()
-    s3fs.S3FileSystem.clear_instance_cache()
-
-
-def upload(folder: Path, address: str) -> None:
-    for path in folder.rglob("*"):
-        if path.is_file():
-            path_of(f"{address}/{path.relative_to(folder).as_posix()}").write_bytes(path.read_bytes())
+from tests.servers import RESET, SHORT, UNAVAILABLE, serving, upload
 
 
 def content(folder: Path) -> dict[str, bytes]:

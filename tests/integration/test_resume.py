@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline.tracking import read_metrics
-from tests.processes import finish, kill_at_step, last_step, start_trainer, train
+from tests.processes import kill_at_step, train
 
 EXACT = ("step", "epoch", "samples_seen", "loss", "logit_scale", "lr", "grad_norm", "batch_sha256")
 
@@ -107,18 +107,3 @@ def test_other_settings_or_data_are_refused(command, dataset, tmp_path):
     shard = sorted((other / "train").glob("*.tar"))[0]
     shard.write_bytes(shard.read_bytes()[:-512])
     assert shard.name in refusal(f"data.datasets={other}")
-
-
-def test_a_killed_loader_process_ends_the_run(command):
-    """The trainer notices, says so, and does not hang."""
-    import psutil
-
-    arguments, run = command
-    process = start_trainer([*arguments, "train.steps=100000"])
-    while last_step(run) < 3:
-        assert process.is_alive()
-    (worker,) = psutil.Process(process.pid).children()
-    worker.kill()
-    assert finish(process) == 1
-    verdict = json.loads((run / "exit.json").read_text())
-    assert (verdict["status"], verdict["code"]) == ("failed", 1)
