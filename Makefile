@@ -11,9 +11,10 @@ RECIPE ?= demo
 FORMATS ?= open_clip
 CLUSTER ?= local
 PROCESSES ?= 1
+BENCH ?= preparation loading remote plan
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo download data verify tokenizer train evaluate export report submit peers bench-data test test-slow lint format clean
+.PHONY: help setup demo download data verify tokenizer train evaluate export report submit peers bench test test-slow lint format clean
 
 need = $(if $(value $(1)),,$(error $@ needs $(1)=…, such as `make $@ $(2)`))
 
@@ -49,7 +50,7 @@ tokenizer: $(STAMP) ## captions → a SentencePiece model: DATA=dir OUT=file
 	$(call need,DATA,DATA=dir OUT=file)$(call need,OUT,DATA=dir OUT=file)
 	$(BIN)/python -m data_prep vocabulary "$(DATA)" --out "$(OUT)" $(ARGS)
 
-train: $(STAMP) ## shards → checkpoints, resumed if begun: RECIPE=name DATA=dir RUN=dir ARGS="optim.lr=1e-3"
+train: $(STAMP) ## shards → checkpoints, resumed if begun: RECIPE=name DATA="dir [dir@weight …]" RUN=dir ARGS="optim.lr=1e-3"
 	$(call need,DATA,RECIPE=name DATA=dir RUN=dir)$(call need,RUN,RECIPE=name DATA=dir RUN=dir)
 	$(BIN)/python -m pipeline train "$(RECIPE)" "$(RUN)" --data "$(DATA)" $(ARGS)
 
@@ -80,9 +81,9 @@ $(PEERS)/.installed: tests/peers.txt $(STAMP)
 	  $(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$$site/venv.pth"; touch "$$site/wandb.py"
 	@touch $@
 
-bench-data: $(STAMP) ## photos → shards, side by side with img2dataset: PHOTOS=dir
-	$(call need,PHOTOS,PHOTOS=dir)
-	$(BIN)/python -m tests.benchmarks.preparation --photos "$(PHOTOS)" $(ARGS)
+bench: $(STAMP) ## measure beside other tools: BENCH="preparation loading remote plan" PHOTOS=dir
+	$(if $(filter-out plan,$(BENCH)),$(call need,PHOTOS,PHOTOS=dir))
+	set -e; for name in $(BENCH); do $(BIN)/python -m tests.benchmarks.$$name $$([ $$name = plan ] || echo --photos "$(PHOTOS)") $(ARGS); done
 
 test: $(STAMP) ## all tests but the slow ones
 	$(BIN)/python -m pytest -m "not slow"

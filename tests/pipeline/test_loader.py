@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import multiprocessing
@@ -286,6 +287,15 @@ def test_a_loader_that_is_left_early_leaves_no_process(tars, tmp_path):
             pass
         assert len(multiprocessing.active_children()) == 3
     assert not multiprocessing.active_children()
+
+
+def test_loader_processes_may_be_spawned(tars, tmp_path, monkeypatch):
+    """As on macOS, where they are not forked: everything they need is sent to them, and the batches are shared."""
+    expected = read(tars, range(3), tmp_path)
+    monkeypatch.setattr(loader, "DataLoader", functools.partial(loader.DataLoader, multiprocessing_context="spawn"))
+    monkeypatch.setattr(loader, "PART", 10)  # which the processes do not see
+    for ours, theirs in zip(read(tars, range(3), tmp_path, workers=1), expected, strict=True):
+        assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
 
 
 def test_memory_is_flat_over_twenty_epochs(tars, tmp_path):
