@@ -12,7 +12,8 @@ from pipeline import tokenizer
 from pipeline.tokenizer import OpenClipTokenizer, cleaned
 
 OURS, THEIRS = OpenClipTokenizer(16), SimpleTokenizer(context_length=16)
-ODD = ["", "  two  blanks ", "ÜMLAUTS İ ½", "a &amp;amp;amp; b &lt", "日本語 😀", "<start_of_text> don't", "x\ty\nz", "long " * 40]
+ODD = ["", "  two  blanks ", "ÜMLAUTS İ ½"]
+ODD += ["a &amp;amp;amp; b &lt", "日本語 😀", "<start_of_text> don't", "x\ty\nz", "long " * 40]
 
 
 @settings(max_examples=300, deadline=None)
