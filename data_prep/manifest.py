@@ -80,8 +80,10 @@ class Shards(Sequence[Shard]):
     def fingerprint(self) -> str:
         """sha256 over the ordered (shard sha256, samples) rows: the bytes that train, and nothing else."""
         digest = hashlib.sha256()
-        for shard in self:
-            digest.update(f"{shard.sha256} {shard.samples}\n".encode())
+        for sha256, samples in zip(
+            *(self.table.column(name).to_pylist() for name in ("sha256", "samples")), strict=True
+        ):
+            digest.update(f"{sha256} {samples}\n".encode())
         return digest.hexdigest()
 
 

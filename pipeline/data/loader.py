@@ -9,6 +9,7 @@ replaced by the one that the plan names, and reported.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import logging
@@ -31,7 +32,7 @@ from pipeline.data import transforms
 from pipeline.data.ahead import Ahead
 from pipeline.data.plan import SUBSTITUTES, Plan, SampleUniforms
 from pipeline.data.shared import Ring, Slot, Watch
-from pipeline.data.store import ShardStore, Stored
+from pipeline.data.store import OPEN, ShardStore, Stored
 from pipeline.data.transforms import BadSample, Texts
 from pipeline.failure import TrainingError
 
@@ -356,8 +357,9 @@ def _begin(watch: Watch, worker: int) -> None:
     # A stop request reaches the whole process group; loader processes must live until the trainer has saved.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError):  # macOS sets no limit and does not take that for one
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(now, min(most, 4 * OPEN)), most))
     watch.begin(worker)
 
 

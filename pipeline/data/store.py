@@ -33,6 +33,8 @@ from pipeline.data.tars import TarSet
 FETCHED = 32 << 20
 # Members further apart than this are read one by one.
 APART = 64 << 10
+# Shards that a process keeps open at the most, with two files each, where its limit of files lets it.
+OPEN = 16_384
 # Shards that arrive at a time: enough to fill a line over which one transfer is slow.
 ARRIVING = 4
 
@@ -159,13 +161,14 @@ class ShardStore:
         while True:
             tar, places = self.arrive(shard)
             with contextlib.suppress(FileNotFoundError):  # evicted just now: again
-                descriptor = os.open(tar, os.O_RDONLY)
-                self._opened[shard] = _Opened(descriptor, np.asarray(np.load(places, mmap_mode="r")))
+                found = np.asarray(np.load(places, mmap_mode="r"))
+                self._opened[shard] = _Opened(os.open(tar, os.O_RDONLY), found)
                 return self._opened[shard]
 
     def _close_unneeded(self) -> None:
         """Close what was evicted, whose room is free only then, and the longest open of too many."""
-        most = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4
+        files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        most = OPEN if files == resource.RLIM_INFINITY else min(OPEN, files // 4)
         for shard, opened in list(self._opened.items()):
             if len(self._opened) >= most or os.fstat(opened.descriptor).st_nlink == 0:
                 os.close(opened.descriptor)

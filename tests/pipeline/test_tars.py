@@ -8,13 +8,14 @@ import os
 
 import pytest
 
+from data_prep.locations import path_of
 from data_prep.record import DataError
 from pipeline.data.cache import Cache
 from pipeline.data.store import ShardStore
 from pipeline.data.tar_index import ShardError
 from pipeline.data.tars import open_tars
 from tests.pipeline.tars import write_tar, write_tars
-from tests.servers import serving
+from tests.servers import serving, upload
 
 SIZES = (3, 5, 2)
 
@@ -99,6 +100,21 @@ def test_foreign_tars_on_a_server_are_known_by_size_and_etag(tars, cache, listed
         (tars / "00001.tar").unlink()
         with pytest.raises(ShardError, match=r"1 of 3 shards are not as listed: 00001\.tar \(missing\)"):
             one.check()
+
+
+def test_foreign_tars_in_a_bucket_are_known_by_size_and_etag(tars, cache, bucket):
+    as_img2dataset(tars)
+    upload(tars, f"{bucket}/laion")
+    for address in (f"{bucket}/laion", f"{bucket}/laion/{{00000..00002}}.tar"):
+        one = open_tars(address, cache.path)
+        one.check()
+        assert bytes(ShardStore([one], cache).read(2, 1).txt) == b"picture 9"
+        known = one.fingerprint
+    tar = path_of(f"{bucket}/laion/00001.tar")
+    tar.write_bytes(tar.read_bytes()[:-1] + b"x")
+    assert open_tars(f"{bucket}/laion", cache.path).fingerprint != known
+    with pytest.raises(ShardError, match=r"00001\.tar: changed since the run began"):
+        ShardStore([one], cache).read(1, 0)
 
 
 def test_a_stats_file_that_lies_is_found_out_when_its_shard_arrives(tars, cache):
