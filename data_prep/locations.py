@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
+import json
 import logging
 import os
 import shutil
@@ -15,8 +17,13 @@ from typing import IO, Any, NamedTuple, TypeVar, cast
 from data_prep.record import DataError
 
 SCHEMES = ("s3", "gs", "hf", "http", "https")
-# A remote read is tried so often, after waits of 0.5, 1, 2 and 4 s.
-TRIES, WAIT_S = 5, 0.5
+# What reads an address of a scheme, and the extra that brings it.
+READERS = {
+    **{"s3": ("s3fs", "s3"), "gs": ("gcsfs", "gcs"), "hf": ("huggingface_hub", "hf")},
+    **{"http": ("aiohttp", "http"), "https": ("aiohttp", "http")},
+}
+# A remote read is tried so often, after waits of 0.5, 1, 2, 4, 8, 16 and 30 s: a minute together.
+TRIES, WAIT_S, LONGEST_WAIT_S = 8, 0.5, 30.0
 # Bytes that a remote file is read ahead.
 BUFFER = 1 << 20
 # What another try would not change.
@@ -25,17 +32,27 @@ FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryErr
 T = TypeVar("T")
 
 
+class UnreachableError(DataError):
+    """What lies behind an address, and could not be had however often it was tried."""
+
+
 def path_of(text: str) -> Path:
     """A path on this machine, or an object that acts as one for an address.
 
     Raises:
-        DataError: the address has a scheme that is not among SCHEMES; `pipe:` and the like would run commands.
+        DataError: the address has a scheme that is not among SCHEMES (`pipe:` and the like would run commands), or
+            nothing is installed that reads it.
     """
     scheme, mark, _ = text.partition("://")
     if not mark and not text.startswith("pipe:"):
         return Path(text)
     if scheme not in SCHEMES:
         raise DataError(f"{text}: only {', '.join(f'{name}://' for name in SCHEMES)} and plain paths are read.")
+    module, extra = READERS[scheme]
+    if importlib.util.find_spec(module) is None:
+        raise DataError(
+            f"{text}: {module} reads {scheme}:// and is not installed. `pip install '.[{extra}]'` brings it."
+        )
     from upath import UPath  # loads fsspec
 
     return cast(Path, UPath(text))
@@ -62,7 +79,7 @@ def read_bytes(path: Path, span: tuple[int, int] | None = None) -> bytes:
 
     Raises:
         OSError: the file cannot be read.
-        DataError: a remote one failed, or came short, TRIES times.
+        UnreachableError: a remote one failed, or came short, TRIES times.
     """
     if is_local(path):
         if span is None:
@@ -75,21 +92,44 @@ def read_bytes(path: Path, span: tuple[int, int] | None = None) -> bytes:
     if size is None or length is None:
         found: bytes = retried(path, lambda: fs_of(path).cat_file(_address(path)))
         return found  # there is no length to compare with
-    return _read_span(path, size, first, min(first + length, size))
+    last = min(first + length, size)
+    found = _read_span(path, size, first, last)
+    return found[first:last] if len(found) == size else found
 
 
 def read_blocks(path: Path, size: int, length: int) -> Iterator[bytes]:
-    """A remote file of `size` bytes in blocks of `length`, each tried again by itself."""
+    """A remote file of `size` bytes in blocks of `length`, each tried again by itself.
+
+    A server that knows no ranges gives the whole file at once.
+    """
     for first in range(0, size, length):
-        yield _read_span(path, size, first, min(first + length, size))
+        found = _read_span(path, size, first, min(first + length, size))
+        yield found
+        if len(found) == size:
+            return
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds; of a remote one, whose server need not be asked for its length: it ends where JSON does.
+
+    Raises:
+        OSError: the file cannot be read.
+        DataError: it is not JSON, or cannot be fetched.
+    """
+    if not is_local(path):
+        return retried(path, lambda: json.loads(fs_of(path).cat_file(_address(path))))
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as error:
+        raise DataError(f"{path}: not JSON ({error}).") from None
 
 
 def _read_span(path: Path, size: int, first: int, last: int) -> bytes:
+    """Bytes first … last of a file, or all of them."""
+
     def read() -> bytes:
         content: bytes = fs_of(path).cat_file(_address(path), start=first, end=last) if last > first else b""
-        if len(content) == size:  # also of a server that knows no ranges
-            content = content[first:last]
-        if len(content) != max(last - first, 0):
+        if len(content) not in (max(last - first, 0), size):
             raise ConnectionError(f"asked for {last - first} bytes from {first}, got {len(content)}")
         return content
 
@@ -186,29 +226,36 @@ def retried(path: Path, read: Callable[[], T]) -> T:
 
     Raises:
         OSError: what will not pass (FINAL).
-        DataError: anything else, TRIES times.
+        UnreachableError: anything else, TRIES times.
     """
     from tenacity import Retrying, before_sleep_log, retry_if_exception, stop_after_attempt, wait_exponential
 
     trying = Retrying(
         stop=stop_after_attempt(TRIES),
-        wait=wait_exponential(multiplier=WAIT_S),
+        wait=wait_exponential(multiplier=WAIT_S, max=LONGEST_WAIT_S),
         retry=retry_if_exception(_may_pass),
         before_sleep=before_sleep_log(logging.getLogger(__name__), logging.WARNING),
         reraise=True,
     )
     try:
         return trying(read)
-    except (*FINAL, DataError):
+    except DataError:
         raise
     except Exception as error:  # every file system has its own
-        raise DataError(f"{path}: cannot be fetched ({type(error).__name__}: {error}). Run it again later.") from error
+        if isinstance(error, FINAL) and not _may_pass(error):
+            raise
+        why = error.__cause__ if isinstance(error, FileNotFoundError) else error
+        what = f"{type(why).__name__}: {why}"
+        raise UnreachableError(f"{path}: cannot be fetched ({what}). Run it again later.") from error
 
 
 def _may_pass(error: BaseException) -> bool:
-    status = getattr(error, "status", None)  # aiohttp's
+    # Of a server's failure to tell about a file, fsspec makes a FileNotFoundError.
+    cause = error.__cause__ if isinstance(error, FileNotFoundError) else None
+    status = getattr(cause or error, "status", None)  # aiohttp's
     refused = isinstance(status, int) and 400 <= status < 500 and status not in (408, 429)
-    return isinstance(error, Exception) and not isinstance(error, (*FINAL, DataError)) and not refused
+    final = isinstance(error, (*FINAL, DataError)) and cause is None
+    return isinstance(error, Exception) and not final and not refused
 
 
 def remove_tree(path: Path) -> None:

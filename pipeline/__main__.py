@@ -16,6 +16,7 @@ from typing import Annotated
 
 import typer
 
+from data_prep.locations import UnreachableError
 from data_prep.record import DataError
 from pipeline.failure import TrainingError
 
@@ -136,7 +137,7 @@ def main(argv: list[str] | None = None) -> int:
         app(argv)
     except (DataError, TrainingError) as error:
         typer.echo(f"error: {error}", err=True)
-        return USER_MUST_ACT if isinstance(error, DataError) else FAILED
+        return _code(error)
     except SystemExit as exit_:
         return int(exit_.code or DONE)
     return DONE
@@ -150,11 +151,16 @@ def _outcome_recorded(run: Path) -> Iterator[None]:
     try:
         yield
     except DataError as error:
-        _record_exit(run, "failed", USER_MUST_ACT, str(error))
+        _record_exit(run, "failed", _code(error), str(error))
         raise
     except BaseException as error:
         _record_exit(run, "failed", FAILED, f"{type(error).__name__}: {error}")
         raise
+
+
+def _code(error: Exception) -> int:
+    """A server that is out for too long is nobody's mistake: the same command may well go on later."""
+    return USER_MUST_ACT if isinstance(error, DataError) and not isinstance(error, UnreachableError) else FAILED
 
 
 def _record_exit(run: Path, status: str, code: int, reason: str) -> None:

@@ -108,7 +108,10 @@ class DataConfig(Component):
 
 def words_of(text: str) -> list[str]:
     """The datasets that a line names; a path with spaces in it is one as long as it stands alone."""
-    return [text] if Path(text).exists() else text.split()
+    try:
+        return [text] if Path(text).exists() else text.split()
+    except OSError:  # too long for a path
+        return text.split()
 
 
 def _dataset(word: str) -> dict[str, Any]:

@@ -3,6 +3,9 @@ loss, the samples used, and whether to stop."""
 
 from __future__ import annotations
 
+import datetime
+import functools
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -13,8 +16,10 @@ from torch import Tensor
 
 from data_prep.record import DataError
 from pipeline.data.plan import Ids
+from pipeline.failure import TrainingError
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 
 class StepReport(NamedTuple):
@@ -61,7 +66,7 @@ def from_main(make: Callable[[], T]) -> T:
     """What `make` gives on rank 0, on every rank.
 
     Raises:
-        DataError: where it did on rank 0, on every rank.
+        DataError: where it did on rank 0, on every rank; a TrainingError for what else is raised there.
 
     Collective: every rank calls it.
     """
@@ -69,11 +74,8 @@ def from_main(make: Callable[[], T]) -> T:
         return make()
     box: list[Any] = [None, None]
     if dist.get_rank() == 0:
-        try:
-            box[0] = make()
-        except DataError as error:
-            box[1] = error
-    dist.broadcast_object_list(box, src=0)
+        box = list(_tried(make))
+    dist.broadcast_object_list(box, src=0, group=_patient_group())
     if box[1]:
         raise box[1]
     return box[0]
@@ -83,20 +85,33 @@ def together(work: Callable[[], None]) -> None:
     """Do `work` on every rank; where it fails on one, it has failed on all.
 
     Raises:
-        DataError: of the first rank that met one.
+        DataError: of the first rank that met one; a TrainingError for what else is raised.
 
     Collective: every rank calls it.
     """
     if not dist.is_initialized():
         return work()
-    failure: DataError | None = None
-    try:
-        work()
-    except DataError as error:
-        failure = error
+    _, failure = _tried(work)
     every: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(every, failure)
+    dist.all_gather_object(every, failure, group=_patient_group())
     for found in every:
         if found:
             raise found
     return None
+
+
+def _tried(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    """What `work` gives, or raises, in a form that can be sent."""
+    try:
+        return work(), None
+    except DataError as error:
+        return None, error
+    except Exception as error:
+        log.debug("before training", exc_info=True)
+        return None, TrainingError(f"rank {dist.get_rank()}: {type(error).__name__}: {error}")
+
+
+@functools.cache
+def _patient_group() -> Any:
+    """Of all ranks, for what one of them may take hours over: hashing or counting large data."""
+    return dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=12))

@@ -64,7 +64,7 @@ def train(recipe: Recipe, run: Path) -> str:
 
     # --- Data, and where the run stands
     cache = Cache(cache_folder(recipe.data.cache), int(recipe.data.cache_gb * 1e9))
-    sets = exchange.from_main(lambda: [open_tars(one.path, cache.path) for one in recipe.data.datasets])
+    sets = exchange.from_main(lambda: [open_tars(one.path, cache) for one in recipe.data.datasets])
     store = ShardStore(sets, cache, verify=recipe.data.verify)
     saved = load_saved(run)
     step = saved.step if saved else 0
@@ -157,7 +157,7 @@ def train(recipe: Recipe, run: Path) -> str:
             skipped_in_row = 0 if finite else skipped_in_row + 1
             bad_seen += told.bad
             log_replaced(run, step, batch)
-            now = time.monotonic()
+            loader_bytes, now = stream.memory(), time.monotonic()
             if tracker:
                 tracker.log(
                     {
@@ -171,7 +171,7 @@ def train(recipe: Recipe, run: Path) -> str:
                         "grad_norm": float(norm),
                         "samples_per_s": plan.global_batch / (now - stepped),
                         "data_wait_s": round(data_wait_s, 4),
-                        "loader_mb": round(stream.memory() / 1e6, 1),
+                        "loader_mb": round(loader_bytes / 1e6, 1),
                         "skipped": int(not finite),
                         "bad_samples": bad_seen,
                         "batch_sha256": batch_sha256(told.ids),
@@ -317,7 +317,9 @@ def bring_first(plan: Plan, store: ShardStore, step: int, bounds: Sequence[int],
     """
     rank, first_here = accelerator.process_index, accelerator.process_index - accelerator.local_process_index
     for one in store.sets:
-        if accelerator.is_main_process or (accelerator.is_local_main_process and not one.remote):
+        # What is remote and foreign has just been listed.
+        main = accelerator.is_main_process and not (one.remote and one.versions)
+        if main or (accelerator.is_local_main_process and not one.remote):
             one.check()
     node = bounds[first_here], bounds[first_here + int(os.environ.get("LOCAL_WORLD_SIZE", "1"))]
     ahead = store.bytes_of(plan.shards(plan.first_step(1) // 2, *node), remote=True)

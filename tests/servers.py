@@ -24,6 +24,7 @@ class FolderServer(ThreadingHTTPServer):
 
     Attributes:
         faults: what the next GETs meet, first come first served; an empty entry is none.
+        head_faults: likewise the next HEADs, UNAVAILABLE only.
         ranges: whether ranges are known; else every answer is the whole file.
         listing: whether a folder's address gives links to its files, as servers' indexes do.
         latency_s: waited before each answer.
@@ -36,7 +37,7 @@ class FolderServer(ThreadingHTTPServer):
     def __init__(self, root: Path) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.root, self.faults, self.ranges, self.latency_s = root, list[str](), True, 0.0
-        self.listing = False
+        self.listing, self.head_faults = False, list[str]()
         self.requests: Counter[str] = Counter()
         self.released = threading.Event()
 
@@ -63,7 +64,8 @@ class _Handler(BaseHTTPRequestHandler):
         path = self.server.root / unquote(self.path).lstrip("/")
         if with_body:
             self.server.requests[path.name] += 1
-        fault = self.server.faults.pop(0) if with_body and self.server.faults else ""
+        faults = self.server.faults if with_body else self.server.head_faults
+        fault = faults.pop(0) if faults else ""
         if self.server.listing and path.is_dir() and not fault:
             names = sorted(file.name for file in path.iterdir())
             self._send(b"".join(f'<a href="{name}">{name}</a>\n'.encode() for name in names), with_body)

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Sequence
 
 from data_prep.record import DataError
-from pipeline.data.store import ARRIVING, ShardStore
+from pipeline.data.store import ShardStore
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +22,7 @@ class Ahead:
         threads: shards that arrive at a time.
     """
 
-    def __init__(self, store: ShardStore, threads: int = ARRIVING) -> None:
+    def __init__(self, store: ShardStore, threads: int) -> None:
         self._store, self._threads = store, threads
         self._settled = set[int]()
         self._wanted: list[int] = []

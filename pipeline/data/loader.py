@@ -10,11 +10,9 @@ replaced by the one that the plan names, and reported.
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 import logging
 import math
-import multiprocessing
 import resource
 import signal
 import time
@@ -31,8 +29,8 @@ from data_prep.record import DataError
 from pipeline.data import transforms
 from pipeline.data.ahead import Ahead
 from pipeline.data.plan import SUBSTITUTES, Plan, SampleUniforms
-from pipeline.data.shared import Ring, Slot, Watch
-from pipeline.data.store import OPEN, ShardStore, Stored
+from pipeline.data.shared import START, Ring, Slot, Watch
+from pipeline.data.store import ARRIVING, OPEN, ShardStore, Stored
 from pipeline.data.transforms import BadSample, Texts
 from pipeline.failure import TrainingError
 
@@ -222,12 +220,12 @@ class Maker(Dataset[Made]):
 
     def _look_ahead(self, step: int, worker: int) -> None:
         """Let the shards that come next arrive; each process sees to some of them."""
-        if time.monotonic() - self._looked < LOOK_AHEAD_S or all(one.at_hand for one in self.store.sets):
+        if time.monotonic() - self._looked < LOOK_AHEAD_S:
             return
-        self._looked = time.monotonic()
-        self._ahead = self._ahead or Ahead(self.store)
+        self._looked, workers = time.monotonic(), max(self.watch.workers, 1)
+        self._ahead = self._ahead or Ahead(self.store, max(1, ARRIVING // workers))
         shards = self.plan.shards(step, *self.bounds)
-        self._ahead.want(shards[worker :: max(self.watch.workers, 1)])
+        self._ahead.want(shards[worker::workers])
         self.store.use(shards)
 
 
@@ -278,7 +276,8 @@ class Stream:
             num_workers=workers,
             prefetch_factor=prefetch if workers else None,
             timeout=timeout_s if workers else 0,
-            worker_init_fn=functools.partial(_begin, self._watch),
+            worker_init_fn=_begin,
+            multiprocessing_context=START if workers else None,
         )
 
     def __enter__(self) -> Self:
@@ -288,12 +287,13 @@ class Stream:
         return self
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        problem = self._problem() if isinstance(error, RuntimeError) and not isinstance(error, TrainingError) else None
+        # torch tells of a death wherever the trainer is, by a RuntimeError.
+        problem = self._dead() if isinstance(error, RuntimeError) and not isinstance(error, TrainingError) else None
         if self._watch.workers:
             self._end_processes()
         if self._pin:
             self._ring.unpin()
-        if problem:  # torch tells of a death wherever the trainer is
+        if problem:
             raise LoaderError(problem) from error
 
     def __iter__(self) -> Iterator[Batch]:
@@ -306,15 +306,18 @@ class Stream:
 
     def memory(self) -> int:
         """Bytes that the loader processes have for themselves."""
-        return self._watch.memory()
+        return self._watch.taken()
 
     def _next(self) -> list[Replaced]:
         while True:
+            began = time.monotonic()
             try:
                 made = next(self._made)
             except RuntimeError as error:  # torch's own: what a loader process meets is a value
-                if problem := self._problem():
+                if problem := self._dead() or self._stuck():
                     raise LoaderError(problem) from error
+                if time.monotonic() - began < self._timeout_s:
+                    raise
                 continue  # the part takes long, but its process gets on
             self._received += 1
             if made.failure:
@@ -324,16 +327,48 @@ class Stream:
     def _end_processes(self) -> None:
         """At once, whatever they are doing: one that hangs would keep the trainer from ending."""
         heard = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else torch raises for those that are killed here
-        for process in multiprocessing.active_children():
-            if process.pid in self._watch.processes():
-                process.kill()
-                process.join()
+        for process in self._made._workers:
+            process.kill()
+            process.join()
         self._made._shutdown_workers()  # else only once nothing refers to it any more
         signal.signal(signal.SIGCHLD, heard)
 
-    def _problem(self) -> str | None:
-        awaited = self._received % max(self._watch.workers, 1)  # torch deals parts to its processes in turn
-        return self._watch.problem(awaited, self._timeout_s, self._maker.store.name)
+    def _dead(self) -> str | None:
+        """A sentence about a loader process that has died."""
+        for worker, process in enumerate(self._made._workers if self._watch.workers else ()):
+            if process.exitcode:
+                ended = signal.Signals(-process.exitcode).name if process.exitcode < 0 else f"exit {process.exitcode}"
+                return (
+                    f"loader process {worker} ({process.pid}) has died ({ended}), {self._where(worker)}. Where memory "
+                    "was short (`dmesg` tells), lower data.workers or data.prefetch."
+                )
+        return None
+
+    def _stuck(self) -> str | None:
+        """A sentence about the loader process that has been at one sample for longest, if that is too long.
+
+        Others than the one whose part is awaited may be idle for as long as they like.
+        """
+        awaited = self._received % self._watch.workers  # torch deals parts to its processes in turn
+        waited = [self._watch.waited_s(worker) for worker in range(self._watch.workers)]
+        late = [
+            worker
+            for worker, seconds in enumerate(waited)
+            if seconds > self._timeout_s and (worker == awaited or self._watch.shard(worker) is not None)
+        ]
+        if not late:
+            return None
+        # One that stops with the lock of torch's queue keeps others from getting on, who are then at no shard.
+        worker = max(late, key=lambda worker: (self._watch.shard(worker) is not None, waited[worker]))
+        return (
+            f"loader process {worker} ({self._made._workers[worker].pid}) has been {self._where(worker)} for "
+            f"{waited[worker]:.0f} s, longer than data.timeout_s = {self._timeout_s:g}. Look at the disk or the server "
+            "that the shard is on, or raise data.timeout_s."
+        )
+
+    def _where(self, worker: int) -> str:
+        shard = self._watch.shard(worker)
+        return "between two batches" if shard is None else f"at {self._maker.store.name(shard)}"
 
 
 @dataclass(frozen=True)
@@ -352,7 +387,7 @@ class _PartsOf:
                 yield Part(step, begin + low, begin + high, low)
 
 
-def _begin(watch: Watch, worker: int) -> None:
+def _begin(_: int) -> None:
     """The first thing that a loader process does."""
     # A stop request reaches the whole process group; loader processes must live until the trainer has saved.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -360,7 +395,6 @@ def _begin(watch: Watch, worker: int) -> None:
     now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError):  # macOS sets no limit and does not take that for one
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(now, min(most, 4 * OPEN)), most))
-    watch.begin(worker)
 
 
 def _as_it_is(made: Any) -> Any:

@@ -7,8 +7,8 @@
     rank r of W                    positions floor(r·B/W) … floor((r+1)·B/W) of the global batch
 
 Where C does not divide B, lane l gives positions floor(l·B/C) … floor((l+1)·B/C), and is as much longer as it gives
-more. Several datasets: each is a line with C lanes of its own and has a fixed number of places in every global batch,
-which are dealt to the lanes in the same way. Nothing else enters: not ranks, workers, or where a run was interrupted.
+more. Several datasets: each is a line with C lanes of its own, and has a fixed number of places in every global batch,
+spread evenly over it. Nothing else enters: not ranks, workers, or where a run was interrupted.
 
 A sample's id is its number, counted over the shards in the manifests' order; ids are what batches, logs and seeds
 speak of. Permutations are a stable argsort of raw Philox4x64 bits (Salmon et al. 2011, "Parallel random numbers: as
@@ -38,7 +38,7 @@ SUBSTITUTES = 16
 WHOLE = 1 << 22
 # Shards that are shuffled together where all cannot be.
 WINDOW_SHARDS = 8
-# Orders of windows that are kept, in bytes; the latest ones.
+# Orders of windows that are kept of each dataset, in bytes; the latest ones.
 KEPT = 100 << 20
 
 Ids = NDArray[np.int64]
@@ -132,9 +132,8 @@ class Plan:
 
     @property
     def dropped_tail(self) -> int:
-        """Samples of the first dataset that an epoch leaves out."""
-        first = self._orders[0]
-        return first.samples % first.count if self.tail == "drop" else 0
+        """Samples that an epoch of each dataset leaves out, together."""
+        return sum(order.samples % order.count for order in self._orders) if self.tail == "drop" else 0
 
     def epoch(self, step: int) -> int:
         """How often the first dataset had been gone through before the last sample of `step`."""
@@ -228,9 +227,8 @@ class Plan:
 
     @functools.cached_property
     def _lane_starts(self) -> Ids:
-        """(C,) where each lane's part of a global batch begins."""
-        lanes = np.arange(self.lanes)
-        return np.sum([lanes * order.count // self.lanes for order in self._orders], axis=0)
+        """(C + 1,) where each lane's part of a global batch begins, and B."""
+        return np.arange(self.lanes + 1) * self.global_batch // self.lanes
 
     @functools.cached_property
     def _starts(self) -> Ids:
@@ -241,11 +239,21 @@ class Plan:
     def _orders(self) -> list[_Order]:
         made = list[_Order]()
         offset = shard = 0
-        for dataset, count in zip(self.datasets, self._counts(), strict=True):
-            made.append(_Order(dataset, self, count, offset, shard))
+        for dataset, firsts in zip(self.datasets, self._first_places(), strict=True):
+            made.append(_Order(dataset, self, firsts, offset, shard))
             offset += made[-1].samples
             shard += len(made[-1].starts) - 1
         return made
+
+    def _first_places(self) -> list[Ids]:
+        """For each dataset (C + 1,): how many of its places in a global batch lie before each lane's, and all of them.
+
+        Its k-th of n places is where (k + 1/2) · B / n comes among all datasets' such numbers.
+        """
+        counts = self._counts()
+        wanted = [(np.arange(count) + 0.5) / count for count in counts]
+        owners = np.repeat(np.arange(len(counts)), counts)[np.argsort(np.concatenate(wanted), kind="stable")]
+        return [np.concatenate([[0], np.cumsum(owners == number)])[self._lane_starts] for number in range(len(counts))]
 
     def _counts(self) -> list[int]:
         """Places of each dataset in a global batch: B, divided by largest remainder."""
@@ -264,13 +272,14 @@ class _Order:
     Args:
         dataset: whose.
         plan: with its seed, lanes, window and tail.
-        count: n, its places in a global batch, of which lane l has floor(l·n/C) … floor((l+1)·n/C).
+        firsts: (C + 1,) how many of its places in a global batch lie before each lane's, and n, all of them.
         offset: its first id.
         first_shard: its first shard's number.
     """
 
-    def __init__(self, dataset: Share, plan: Plan, count: int, offset: int, first_shard: int) -> None:
-        self.count, self.offset, self.first_shard = count, offset, first_shard
+    def __init__(self, dataset: Share, plan: Plan, firsts: Ids, offset: int, first_shard: int) -> None:
+        self.count, self.offset, self.first_shard = int(firsts[-1]), offset, first_shard
+        self._firsts: list[int] = firsts.tolist()
         self.key, self.lanes, self.window, self.tail = (
             (plan.seed, dataset.fingerprint),
             plan.lanes,
@@ -285,10 +294,7 @@ class _Order:
 
     def part(self, lane: int) -> int:
         """Places that a lane has in a global batch."""
-        return self._first_place(lane + 1) - self._first_place(lane)
-
-    def _first_place(self, lane: int) -> int:
-        return lane * self.count // self.lanes
+        return self._firsts[lane + 1] - self._firsts[lane]
 
     def place(self, step: int) -> tuple[int, int]:
         """Step → (epoch, step in epoch)."""
@@ -346,7 +352,7 @@ class _Order:
     def _positions(self, step: int, lane: int, low: int, high: int) -> tuple[Ids, Ids]:
         """(epochs, positions in the lane) of the samples low … high that it gives to a step."""
         if self.tail == "wrap":
-            taken = self._first_place(lane) + np.arange(low, high) + step * self.count
+            taken = self._firsts[lane] + np.arange(low, high) + step * self.count
             epochs = taken // self.samples
             before = self._taken(epochs * self.samples, lane + 1) - self._taken(epochs * self.samples, lane)
             return epochs, self._taken(taken, lane + 1) - self._taken(taken, lane) - before
@@ -362,12 +368,12 @@ class _Order:
             first, end = epoch * self.samples, (epoch + 1) * self.samples
             low, high = (int(self._taken(end, edge) - self._taken(first, edge)) for edge in (lane, lane + 1))
             return low, high
-        low, high = self._first_place(lane), self._first_place(lane + 1)
+        low, high = self._firsts[lane : lane + 2]
         return self.samples * low // self.count, self.samples * high // self.count
 
     def _taken(self, count: Any, lane: int) -> Any:
         """Of the first `count` samples of all batches, those that belong to lanes before `lane`."""
-        first = self._first_place(lane)
+        first = self._firsts[lane]
         return count // self.count * first + np.minimum(count % self.count, first)
 
     def _ids(self, epoch: int, lane: int, positions: Ids) -> Ids:

@@ -6,26 +6,36 @@ Shapes: B = pairs of this rank's batch, C = 3, S = image size, L = context lengt
 from __future__ import annotations
 
 import ctypes
+import functools
 import logging
-import multiprocessing
-import os
+import mmap
+import sys
 import time
-from collections.abc import Callable
 from multiprocessing.sharedctypes import RawArray
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import psutil
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+# How loader processes start. Forked ones share the tables of the plan and the shards; macOS cannot fork safely.
+START = "fork" if sys.platform == "linux" else "spawn"
 # Memory that a loader process may gain before it is spoken of.
 LEAK = 1 << 30
 # Parts that a process makes before its memory counts as what it needs.
 WARM = 20
 
 log = logging.getLogger(__name__)
+
+
+def memory(size: int) -> Any:
+    """Bytes that processes which are started from now on share, all zero.
+
+    Forked ones share memory that has no file: containers keep /dev/shm small, and end whom it does not suffice.
+    """
+    return mmap.mmap(-1, size) if START == "fork" else RawArray(ctypes.c_byte, size)
 
 
 class Slot(NamedTuple):
@@ -55,9 +65,8 @@ class Ring:
             "image_id": (slots, batch),
         }
         self._types: dict[str, Any] = {name: np.uint8 if name == "image" else np.int64 for name in self._shapes}
-        # Not /dev/shm by torch's way, which containers keep so small: RawArray takes a file elsewhere if that is full.
         self._memory = {
-            name: RawArray(ctypes.c_byte, int(np.prod(shape)) * np.dtype(self._types[name]).itemsize)
+            name: memory(int(np.prod(shape)) * np.dtype(self._types[name]).itemsize)
             for name, shape in self._shapes.items()
         }
         self.slots = slots
@@ -80,7 +89,7 @@ class Ring:
         torch.cuda.cudart().cudaHostUnregister(self._array("image").ctypes.data)
 
     def _array(self, name: str) -> NDArray[Any]:
-        return np.frombuffer(self._memory[name], self._types[name]).reshape(self._shapes[name])  # type: ignore[call-overload]
+        return np.frombuffer(self._memory[name], self._types[name]).reshape(self._shapes[name])
 
 
 class Watch:
@@ -90,19 +99,21 @@ class Watch:
         workers: their number.
     """
 
-    FIELDS = PROCESS, SHARD, SINCE, MEMORY, PARTS = range(5)
+    FIELDS = SHARD, SINCE, MEMORY, PARTS = range(4)
 
     def __init__(self, workers: int) -> None:
         self.workers = workers
-        self._now = RawArray(ctypes.c_int64, max(workers, 1) * len(self.FIELDS))
+        self._memory = memory(max(workers, 1) * len(self.FIELDS) * 8)
         self._needed: dict[int, int] = {}
         for worker in range(workers):
             self.at(worker, None)  # from now on it is to get on
 
-    def begin(self, worker: int) -> None:
-        """A process says that it is there."""
-        self._set(worker, self.PROCESS, os.getpid())
-        self.at(worker, None)
+    @functools.cached_property
+    def _now(self) -> NDArray[np.int64]:
+        return np.frombuffer(self._memory, np.int64)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_now"}
 
     def at(self, worker: int, shard: int | None) -> None:
         """A process says which shard it turns to; None for none."""
@@ -113,41 +124,19 @@ class Watch:
         """A process says that it has made a part."""
         self.at(worker, None)
         self._set(worker, self.PARTS, self._get(worker, self.PARTS) + 1)
-        resident, shared = map(int, Path("/proc/self/statm").read_text().split()[1:3])
-        self._set(worker, self.MEMORY, (resident - shared) * os.sysconf("SC_PAGE_SIZE"))
+        taken = psutil.Process().memory_info()
+        self._set(worker, self.MEMORY, taken.rss - getattr(taken, "shared", 0))
 
-    def problem(self, awaited: int, timeout_s: float, name: Callable[[int], str]) -> str | None:
-        """A process that has died, or has not got on for longer than `timeout_s`: a sentence about it.
+    def shard(self, worker: int) -> int | None:
+        """The shard that a process is at."""
+        shard = self._get(worker, self.SHARD)
+        return None if shard < 0 else shard
 
-        Args:
-            awaited: the process whose part the trainer waits for; others may be idle for as long as they like.
-            timeout_s: how long a process may be at one sample.
-            name: shard → its name.
-        """
-        alive = {process.pid for process in multiprocessing.active_children()}
-        stuck = []
-        for worker in range(self.workers):
-            process, shard = self._get(worker, self.PROCESS), self._get(worker, self.SHARD)
-            where = "between two batches" if shard < 0 else f"at {name(shard)}"
-            if process and process not in alive:
-                return (
-                    f"loader process {worker} ({process}) has died, {where}. Where memory was short (`dmesg` says), "
-                    "lower data.workers or data.prefetch."
-                )
-            waited = (time.monotonic_ns() - self._get(worker, self.SINCE)) / 1e9
-            if waited > timeout_s and (shard >= 0 or worker == awaited):
-                stuck.append(
-                    (shard < 0, -waited, f"loader process {worker} ({process or 'never started'}) has been {where}")
-                )
-        if not stuck:
-            return None
-        _, waited, sentence = min(stuck)
-        return (
-            f"{sentence} for {-waited:.0f} s, longer than data.timeout_s = {timeout_s:g}. Look at the disk or the "
-            "server that the shard is on, or raise data.timeout_s."
-        )
+    def waited_s(self, worker: int) -> float:
+        """Since when it is there."""
+        return (time.monotonic_ns() - self._get(worker, self.SINCE)) / 1e9
 
-    def memory(self) -> int:
+    def taken(self) -> int:
         """Bytes that the processes have for themselves, together; a process that keeps gaining is told of by log."""
         for worker in range(self.workers):
             has, parts = self._get(worker, self.MEMORY), self._get(worker, self.PARTS)
@@ -157,12 +146,8 @@ class Watch:
                 self._needed[worker] = has
         return sum(self._get(worker, self.MEMORY) for worker in range(self.workers))
 
-    def processes(self) -> set[int]:
-        """Their numbers."""
-        return {self._get(worker, self.PROCESS) for worker in range(self.workers)}
-
     def _set(self, worker: int, field: int, value: int) -> None:
         self._now[worker * len(self.FIELDS) + field] = value
 
     def _get(self, worker: int, field: int) -> int:
-        return self._now[worker * len(self.FIELDS) + field]
+        return int(self._now[worker * len(self.FIELDS) + field])

@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_prep.locations import FINAL, appearing, read_blocks, retried, stat_file
+from data_prep.locations import FINAL, read_blocks, retried, stat_file
 from data_prep.manifest import Shard, sha256
 from pipeline.data.cache import Cache
 from pipeline.data.tar_index import BLOCK, Places, ShardError, key_at, read_index
@@ -58,6 +58,7 @@ class Stored(NamedTuple):
 class _Opened(NamedTuple):
     descriptor: int
     places: Places
+    remote: bool
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ class ShardStore:
 
     def read(self, shard: int, index: int) -> Stored:
         """The sample at `index` of shard number `shard`."""
-        descriptor, places = self._opened.get(shard) or self._open(shard)
+        descriptor, places, _ = self._opened.get(shard) or self._open(shard)
         members = [(first * BLOCK, length) for first, length in places[index].tolist()]
         present = sorted([member for member in members if member[0]])
         begin, end = present[0][0], sum(present[-1])
@@ -146,13 +147,13 @@ class ShardStore:
             elif not source.remote and not places.is_file() and self.verify and source.row.sha256:
                 _check_hash(source)
             if not places.is_file():
-                _keep_places(tar, source, places)
+                self.cache.keep_places(source.key, _places(tar, source))
         return tar, places
 
     def use(self, shards: Sequence[int]) -> None:
         """Say that shards are needed now or soon: their copies are kept longest."""
         for shard in shards:
-            if self._find(shard)[0].remote:
+            if self.sets[self._set(shard)].remote:
                 with contextlib.suppress(FileNotFoundError):
                     os.utime(self.cache.copy(self._source(shard).key))
 
@@ -162,7 +163,8 @@ class ShardStore:
             tar, places = self.arrive(shard)
             with contextlib.suppress(FileNotFoundError):  # evicted just now: again
                 found = np.asarray(np.load(places, mmap_mode="r"))
-                self._opened[shard] = _Opened(os.open(tar, os.O_RDONLY), found)
+                remote = self.sets[self._set(shard)].remote
+                self._opened[shard] = _Opened(os.open(tar, os.O_RDONLY), found, remote)
                 return self._opened[shard]
 
     def _close_unneeded(self) -> None:
@@ -170,7 +172,7 @@ class ShardStore:
         files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         most = OPEN if files == resource.RLIM_INFINITY else min(OPEN, files // 4)
         for shard, opened in list(self._opened.items()):
-            if len(self._opened) >= most or os.fstat(opened.descriptor).st_nlink == 0:
+            if len(self._opened) >= most or (opened.remote and os.fstat(opened.descriptor).st_nlink == 0):
                 os.close(opened.descriptor)
                 del self._opened[shard]
 
@@ -210,9 +212,12 @@ class ShardStore:
         log.info("fetched %s, %.1f MB, in %.2f s", row.name, row.bytes / 1e6, time.monotonic() - began)
 
     def _find(self, shard: int) -> tuple[TarSet, Shard, str]:
-        number = int(np.searchsorted(self._starts, shard, side="right")) - 1
+        number = self._set(shard)
         one, index = self.sets[number], int(shard - self._starts[number])
         return one, one.shards[index], one.versions[index] if one.versions else ""
+
+    def _set(self, shard: int) -> int:
+        return int(np.searchsorted(self._starts, shard, side="right")) - 1
 
 
 def _read(descriptor: int, offset: int, length: int) -> memoryview:
@@ -234,8 +239,8 @@ def _check_hash(source: _Source) -> None:
         )
 
 
-def _keep_places(tar: Path, source: _Source, places: Path) -> None:
-    """Read a shard's headers, and keep what they say."""
+def _places(tar: Path, source: _Source) -> Places:
+    """Where a shard's samples lie, by its headers."""
     row = source.row
     if not row.bytes:
         raise ShardError(f"{source.path}: is empty. Copy it anew.")
@@ -248,5 +253,4 @@ def _keep_places(tar: Path, source: _Source, places: Path) -> None:
         )
     if found.ignored:
         log.info("%s: %d members are neither image nor text, and are ignored", row.name, found.ignored)
-    with appearing(places) as kept:
-        np.save(kept, found.places)
+    return found.places

@@ -10,16 +10,17 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from data_prep import manifest
-from data_prep.locations import File, exists, is_local, list_files, open_file, path_of, read_bytes, stat_file
+from data_prep.locations import File, exists, is_local, list_files, open_file, path_of, read_json, stat_file
 from data_prep.manifest import Shard, Shards, write_atomically
 from data_prep.record import TRAIN, DataError
+from pipeline.data.cache import Cache
 from pipeline.data.tar_index import ShardError, read_index
 
 # Questions that a server is asked at a time.
@@ -85,12 +86,12 @@ class TarSet:
             )
 
 
-def open_tars(address: str, cache: Path) -> TarSet:
+def open_tars(address: str, cache: Cache) -> TarSet:
     """The tars of a sealed dataset's train split, of a folder, or of a pattern such as https://host/{00000..00041}.tar.
 
     Args:
         address: folder or pattern, on this machine or behind an address.
-        cache: folder where counted headers are remembered.
+        cache: where counted headers are remembered.
 
     Raises:
         DataError: nothing there that can be trained on.
@@ -109,12 +110,17 @@ def _named(pattern: str) -> tuple[str, list[str]]:
     """(folder, names of the tars in it) of a pattern."""
     from braceexpand import braceexpand
 
-    root = pattern.partition("{")[0].rpartition("/")[0] or "."
-    prefix = f"{root}/" if pattern.startswith(f"{root}/") else ""
     try:
-        return root, [str(name).removeprefix(prefix) for name in braceexpand(pattern)]
+        names = [str(name) for name in braceexpand(pattern)]
     except ValueError:
         raise DataError(f"{pattern}: a brace is missing. Such a pattern is {{00000..00041}}.tar.") from None
+    same = next((at for at, letters in enumerate(zip(*names, strict=False)) if len(set(letters)) > 1), len(min(names)))
+    root, slash, _ = names[0][:same].rpartition("/")
+    if root.endswith(":/"):
+        raise DataError(f"{pattern}: names tars of several places. Give those of each as a dataset of its own.")
+    if len(set(names)) < len(names):
+        raise DataError(f"{pattern}: names a tar twice.")
+    return root or slash or ".", [name.removeprefix(root + slash) for name in names]
 
 
 def _tars_in(address: str) -> list[str]:
@@ -125,7 +131,7 @@ def _tars_in(address: str) -> list[str]:
         raise DataError(f"{address}: cannot be listed ({error}). Is it the right folder?") from None
 
 
-def _foreign(address: str, names: list[str], cache: Path) -> TarSet:
+def _foreign(address: str, names: list[str], cache: Cache) -> TarSet:
     found = _stat(address, names)
     if lost := [name for name in names if name not in found]:
         raise ShardError(f"{address}: {len(lost)} of {len(names)} shards are missing: {', '.join(lost[:NAMED])}.")
@@ -172,25 +178,32 @@ def _telling(path: Path) -> str:
         return hashlib.sha256(file.read(TELLING)).hexdigest()
 
 
-def _samples(address: str, names: list[str], sizes: list[int], versions: Sequence[str], cache: Path) -> list[int]:
+def _samples(address: str, names: list[str], sizes: list[int], versions: Sequence[str], cache: Cache) -> list[int]:
     """How many samples each tar holds."""
-    listed = _json(f"{address}/sizes.json") or {}
-    if all(name in listed for name in names):
-        return [int(listed[name]) for name in names]
-    stats = _json(f"{address}/{_stats_of(names[0])}")
-    if stats and "successes" in stats:
-        beside = _at_once(lambda name: _json(f"{address}/{_stats_of(name)}") or {}, names)
-        if all("successes" in one for one in beside):
-            return [int(one["successes"]) for one in beside]
-    seen = hashlib.sha256(repr((address, names, sizes, versions)).encode()).hexdigest()
-    kept = cache / "counts" / f"{seen}.json"
-    if not kept.is_file():
-        log.warning(
-            "%s: no sizes.json nor NNNNN_stats.json beside %d tars: counting their headers, once", address, len(names)
-        )
-        counts = _at_once(lambda name, size: _count(f"{address}/{name}", size), names, sizes)
-        write_atomically(kept, json.dumps(counts).encode())
-    counted: list[int] = json.loads(kept.read_bytes())
+    known: dict[str, int] = {name: int(count) for name, count in _json(f"{address}/sizes.json").items()}
+    if any("successes" in _json(f"{address}/{_stats_of(name)}") for name in (names[0], names[-1])):
+        unknown = [name for name in names if name not in known]
+        stats = zip(unknown, _at_once(lambda name: _json(f"{address}/{_stats_of(name)}"), unknown), strict=True)
+        known |= {name: int(told["successes"]) for name, told in stats if "successes" in told}
+    places = {name: place for name, *place in zip(names, sizes, versions, strict=True) if name not in known}
+    if places:
+        known |= _counted(address, places, cache)
+    return [known[name] for name in names]
+
+
+def _counted(address: str, tars: Mapping[str, Sequence[Any]], cache: Cache) -> dict[str, int]:
+    """How many samples tars hold of which nothing tells; found once, and remembered by their sizes and versions."""
+    seen = hashlib.sha256(repr((address, sorted(tars.items()))).encode()).hexdigest()
+    kept = cache.path / "counts" / f"{seen}.json"
+    with cache.lock(seen):
+        if not kept.is_file():
+            log.warning(
+                "%s: no sizes.json nor NNNNN_stats.json speaks of %d tars: counting their headers, once",
+                *(address, len(tars)),
+            )
+            counts = _at_once(lambda name: _count(f"{address}/{name}", tars[name][0]), tars)
+            write_atomically(kept, json.dumps(dict(zip(tars, counts, strict=True))).encode())
+        counted: dict[str, int] = json.loads(kept.read_bytes())
     return counted
 
 
@@ -208,14 +221,13 @@ def _count(address: str, size: int) -> int:
         return len(read_index(read, size, address).places)
 
 
-def _json(address: str) -> dict[str, Any] | None:
+def _json(address: str) -> dict[str, Any]:
+    """What a JSON file beside the tars says, nothing if it is not there."""
     try:
-        found = json.loads(read_bytes(path_of(address)))
+        found = read_json(path_of(address))
     except OSError:
-        return None
-    except ValueError as error:
-        raise DataError(f"{address}: not JSON ({error}). Remove it, and the tars' headers are counted.") from None
-    return found if isinstance(found, dict) else None
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _at_once(function: Callable[..., T], *items: Iterable[Any]) -> list[T]:

@@ -73,7 +73,7 @@ from pipeline.data.tars import open_tars
 from pipeline.tokenizer import OpenClipTokenizer
 
 decoder, cache = sys.argv[4], Cache(Path(sys.argv[5]), 1 << 36)
-tars = open_tars(folder, cache.path)
+tars = open_tars(folder, cache)
 plan = Plan([Share(tars.fingerprint, tars.shards.numbers("samples"))], 0, BATCH)
 augmentation = Augmentation((224, 224), (0.9, 1.0), "bicubic", 0.0, {"captions": 1.0}, decoder)
 store, tokenize = ShardStore([tars], cache), OpenClipTokenizer(77)

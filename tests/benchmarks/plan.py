@@ -54,6 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     found["world_sizes_alike"] = alike(plan)
     for nodes in (options.nodes, options.nodes // 2, options.nodes * 15 // 16):
         found[f"read_amplification_{nodes}_nodes"] = amplification(plan, nodes)
+    mixed = plan_of(options.shards, options.batch, ranks, weights=(4, 1))
+    found[f"read_amplification_{options.nodes}_nodes_mixed_4_1"] = amplification(mixed, options.nodes)
     console.print_json(json.dumps(found))
     return 0
 
@@ -63,10 +65,15 @@ def sizes_of(shards: int) -> NDArray[np.int64]:
     return np.random.default_rng(0).integers(9_000, 11_001, shards)
 
 
-def plan_of(shards: int, batch: int, ranks: int) -> Plan:
+def plan_of(shards: int, batch: int, ranks: int, weights: Sequence[int] = (1,)) -> Plan:
+    """All shards as one dataset, or dealt to several by their weights."""
     sizes = sizes_of(shards)
     lanes, window = layout(sizes.sum(), shards, batch, ranks, at_hand=False)
-    return Plan([Share("f", sizes)], 0, batch, lanes, window)
+    parts = np.split(sizes, np.cumsum(weights)[:-1] * shards // sum(weights))
+    shares = [
+        Share(f"{number}", part, weight) for number, (part, weight) in enumerate(zip(parts, weights, strict=True))
+    ]
+    return Plan(shares, 0, batch, lanes, window)
 
 
 def memory(shards: int, batch: int, ranks: int) -> dict[str, float]:
@@ -121,7 +128,7 @@ def alike(plan: Plan) -> int:
 def amplification(plan: Plan, nodes: int) -> float:
     """Bytes that all nodes fetch in an epoch, over the bytes of the data."""
     bounds, ranks = rank_bounds(plan.global_batch, nodes * RANKS_PER_NODE), nodes * RANKS_PER_NODE
-    sizes = np.asarray(plan.datasets[0].sizes)
+    sizes = np.concatenate([np.asarray(share.sizes) for share in plan.datasets])
     limit = 3 * RANKS_PER_NODE * plan.window
     stride = max(1, plan.window * plan.lanes // plan.global_batch // 2)
     fetched = 0

@@ -53,15 +53,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         folder = Path(temporary)
         data = build(options.photos, options.count, folder, per_shard=128)
         with served(data, 0.0) as address:
-            warm(data, address, folder / "cache", options.rounds, console)
+            warm(data, address, folder / "cache", options.rounds, PASSES * options.count // BATCH, console)
             late(address, folder / "cache", console)
         with served(data, options.latency) as address:
             cold(address, folder / "cold", options.latency, console)
     return 0
 
 
-def warm(data: Path, address: str, cache: Path, rounds: int, console: Console) -> None:
-    here, batches = Path(sys.executable), PASSES * 4096 // BATCH
+def warm(data: Path, address: str, cache: Path, rounds: int, batches: int, console: Console) -> None:
+    here = Path(sys.executable)
     rate(OURS, address, 16, "fast", cache, python=here)  # fetches
     results: dict[str, list[float]] = {"disk": [], "server": []}
     for number in range(rounds):
@@ -80,7 +80,7 @@ def first_batch(address: str, cache: Path, step: int, lanes: int | None = None) 
     """Seconds from opening the tars to the first batch of `step`, and the plan."""
     tokenize = OpenClipTokenizer(77)
     began = time.perf_counter()
-    tars = open_tars(address, cache)
+    tars = open_tars(address, Cache(cache, LIMIT))
     tars.check()
     sizes = tars.shards.numbers("samples")
     found, window = layout(sizes.sum(), len(sizes), BATCH, 1, at_hand=tars.at_hand)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import logging
 import multiprocessing
@@ -220,9 +219,30 @@ def test_a_killed_loader_process_is_named(tars, tmp_path):
         os.kill(os.getpid(), signal.SIGKILL)
 
     began = time.monotonic()
-    with pytest.raises(LoaderError, match=r"loader process \d \(\d+\) has died, at 0000\d\.tar.*lower data\.workers"):
+    with pytest.raises(
+        LoaderError, match=r"loader process \d \(\d+\) has died \(SIGKILL\), at 0000\d\.tar.*lower data\."
+    ):
         read(tars, range(3), tmp_path, tokenize=kill)
     assert time.monotonic() - began < 60
+
+
+def test_a_loader_process_that_dies_before_it_begins_is_named(tars, tmp_path, monkeypatch):
+    monkeypatch.setattr(loader, "_begin", lambda _: os._exit(3))
+    with pytest.raises(LoaderError, match=r"loader process \d \(\d+\) has died \(exit 3\), between two batches"):
+        read(tars, range(3), tmp_path)
+
+
+def test_what_ends_the_trainer_is_not_laid_on_the_loader(tars, tmp_path):
+    """However long it took, with loader processes idle meanwhile."""
+
+    def train():
+        with stream(tars, range(1000), tmp_path, timeout_s=1) as batches:
+            next(iter(batches))
+            time.sleep(1.5)
+            raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match=r"^out of memory$"):
+        train()
 
 
 def test_a_loader_process_stuck_on_a_server_is_named_with_its_shard(tmp_path):
@@ -255,6 +275,7 @@ def test_a_stopped_loader_process_is_named(tars, tmp_path, monkeypatch):
     with stream(tars, range(10_000), tmp_path, timeout_s=2) as batches:
         steps = iter(batches)
         next(steps)
+        time.sleep(0.1)  # what has just handed over a part is at the next one
         stopped = next(iter(multiprocessing.active_children()))
         os.kill(stopped.pid, signal.SIGSTOP)
         with pytest.raises(LoaderError, match=rf"\({stopped.pid}\) has been at 0000\d\.tar for"):
@@ -292,7 +313,8 @@ def test_a_loader_that_is_left_early_leaves_no_process(tars, tmp_path):
 def test_loader_processes_may_be_spawned(tars, tmp_path, monkeypatch):
     """As on macOS, where they are not forked: everything they need is sent to them, and the batches are shared."""
     expected = read(tars, range(3), tmp_path)
-    monkeypatch.setattr(loader, "DataLoader", functools.partial(loader.DataLoader, multiprocessing_context="spawn"))
+    for module in (loader, shared):
+        monkeypatch.setattr(module, "START", "spawn")
     monkeypatch.setattr(loader, "PART", 10)  # which the processes do not see
     for ours, theirs in zip(read(tars, range(3), tmp_path, workers=1), expected, strict=True):
         assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import random
 import time
 
 import pytest
@@ -223,11 +224,56 @@ def test_a_full_disk_is_named_and_leaves_nothing_half_written(tmp_path):
         with serving(tmp_path / "tars") as server:
             one = sealed(tmp_path / "tars", (40,) * 2, server.url)
             store = ShardStore([one], Cache(disk, 1 << 30))
-            with pytest.raises(DataError, match=r"disk: no room for .* lower data\.cache_gb, or choose another folder"):
+            with pytest.raises(
+                DataError, match=r"disk: cannot be written to \(No space left.* lower data\.cache_gb, or choose another"
+            ):
                 store.bring(range(2))
             assert not list(disk.glob("shards/*.tmp"))
     finally:
         os.system(f"umount -l {disk}")
+
+
+def test_a_folder_that_cannot_be_written_to_is_named(tmp_path, cache):
+    """Also where nothing is fetched: what is found out about shards on disk is kept, too."""
+    one = sealed(tmp_path / "tars", SIZES)
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    (disk / "shards").write_text("a file where a folder should be")
+    with pytest.raises(DataError, match=r"disk: cannot be written to .*data\.cache="):
+        ShardStore([one], Cache(disk, 1 << 30)).read(0, 0)
+
+
+def test_a_server_without_ranges_sends_a_shard_of_many_blocks_once(tmp_path, cache, monkeypatch):
+    monkeypatch.setattr(storing, "FETCHED", 1000)
+    with serving(tmp_path / "tars") as server:
+        one = sealed(tmp_path / "tars", SIZES, server.url)
+        assert_whole(ShardStore([one], cache))
+        assert server.requests["00000.tar"] > 3
+        server.ranges = False
+        server.requests.clear()
+        assert_whole(ShardStore([one], Cache(tmp_path / "other", 1 << 30)))
+        assert set(server.requests.values()) == {1}
+
+
+def test_processes_that_share_too_small_a_cache_get_on(tmp_path):
+    """Each evicts what others have just fetched; all find every shard whole."""
+    with serving(tmp_path / "tars") as server:
+        one = sealed(tmp_path / "tars", (2,) * 12, server.url)
+        cache = Cache(tmp_path / "cache", int(2.5 * max(one.shards.numbers("bytes"))))
+        context = multiprocessing.get_context("fork")
+        processes = [context.Process(target=read_all, args=(one, cache, seed)) for seed in range(4)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(60)
+        assert [process.exitcode for process in processes] == [0] * 4
+
+
+def read_all(one, cache, seed):
+    store = ShardStore([one], cache)
+    for shard in random.Random(seed).sample(range(12), 12) * 3:
+        store.bring([shard])
+        assert bytes(store.read(shard, 1).txt) == f"picture {2 * shard + 1}".encode()
 
 
 def test_shards_arrive_ahead_of_time_and_trouble_is_left_to_who_needs_them(tmp_path, cache, caplog):

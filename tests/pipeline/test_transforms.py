@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
+import zlib
 
 import numpy as np
 import pytest
@@ -134,6 +136,51 @@ def test_what_one_decoder_does_not_take_the_other_is_asked_for(mode, monkeypatch
     expected = torch.from_numpy(np.array(Image.open(io.BytesIO(data)).convert("RGB"))).permute(2, 0, 1)
     monkeypatch.setattr(transforms, "DECODE", refuse)
     assert torch.equal(decode(data), expected)
+
+
+def test_damaged_pngs_are_bad_samples_and_no_more():
+    """One flipped bit at a time: torchvision 0.29's own decoder ends the process at most of them."""
+    whole, bad = encoded(size=(20, 20)), 0
+    for at in range(8, len(whole), 7):
+        data = bytearray(whole)
+        data[at] ^= 1 << at % 8
+        try:
+            assert decode(data).shape[0] == 3
+        except BadSample:
+            bad += 1
+    assert bad > 10
+
+
+@pytest.mark.parametrize("form", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_other_formats_and_animations_give_their_first_frame(form):
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 8, 9, 3), dtype=np.uint8)
+    frames = [Image.fromarray(frame) for frame in pixels]
+    buffer = io.BytesIO()
+    frames[0].save(buffer, form, save_all=True, append_images=frames[1:], lossless=True)
+    expected = np.array(Image.open(io.BytesIO(buffer.getvalue())).convert("RGB")).transpose(2, 0, 1)
+    assert np.array_equal(decode(buffer.getvalue()), expected)
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG"])
+def test_what_would_fill_the_memory_is_refused_by_its_header(form):
+    data = bytearray(encoded(size=(16, 16), form=form))
+    if form == "PNG":
+        data[16:24] = (60_000).to_bytes(4, "big") * 2
+        data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
+    else:
+        frame = data.index(b"\xff\xc0")
+        data[frame + 5 : frame + 9] = (60_000).to_bytes(2, "big") * 2
+    with pytest.raises(BadSample, match="pixels"):
+        decode(data)
+
+
+@given(
+    noise=st.binary(max_size=200),
+    head=st.sampled_from([b"", b"\xff\xd8\xff", b"GIF89a", b"BM", b"II*\0", b"8BPS", b"DDS "]),
+)
+def test_whatever_the_bytes_only_bad_samples_are_raised(noise, head):
+    with contextlib.suppress(BadSample):
+        decode(head + noise)
 
 
 def test_sixteen_bits_become_eight():
