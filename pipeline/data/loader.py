@@ -28,7 +28,8 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from data_prep.record import DataError
 from pipeline.data import transforms
 from pipeline.data.ahead import Ahead
-from pipeline.data.plan import SUBSTITUTES, Plan, SampleUniforms
+from pipeline.data.philox import SampleUniforms
+from pipeline.data.plan import SUBSTITUTES, Plan
 from pipeline.data.shared import START, Ring, Slot, Watch
 from pipeline.data.store import ARRIVING, OPEN, ShardStore, Stored
 from pipeline.data.transforms import BadSample, Texts

@@ -11,8 +11,7 @@ more. Several datasets: each is a line with C lanes of its own, and has a fixed 
 spread evenly over it. Nothing else enters: not ranks, workers, or where a run was interrupted.
 
 A sample's id is its number, counted over the shards in the manifests' order; ids are what batches, logs and seeds
-speak of. Permutations are a stable argsort of raw Philox4x64 bits (Salmon et al. 2011, "Parallel random numbers: as
-easy as 1, 2, 3"), which no library version changes; whoever changes the order raises PLAN_VERSION.
+speak of. Whoever changes the order raises PLAN_VERSION.
 """
 
 from __future__ import annotations
@@ -29,6 +28,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from data_prep.record import DataError
+from pipeline.data.philox import permutation, philox
 
 PLAN_VERSION = 2
 # Unreadable substitutes in a row that say that the data, not a sample, is broken. The first half of them are looked
@@ -170,7 +170,7 @@ class Plan:
         if attempt >= SUBSTITUTES // 2:
             order = next(order for order in self._orders if sample < order.offset + order.samples)
             first, size = order.offset, order.samples
-        bits = _philox(self.seed, "substitute", sample, attempt).random_raw(1)
+        bits = philox(self.seed, "substitute", sample, attempt).random_raw(1)
         return first + int(bits[0] % np.uint64(size))
 
     def locate(self, ids: ArrayLike) -> tuple[Ids, Ids]:
@@ -422,7 +422,7 @@ class _Order:
 
     def _make_line(self, epoch: int) -> tuple[NDArray[np.uint32], Ids]:
         """An epoch's shards in order, and where each ends in the line."""
-        shards = _permutation(len(self.starts) - 1, *self.key, "shards", epoch).astype(np.uint32)
+        shards = permutation(len(self.starts) - 1, *self.key, "shards", epoch).astype(np.uint32)
         return shards, np.cumsum(np.diff(self.starts)[shards])
 
     def _shuffled(self, length: int, window: tuple[int, int, int]) -> NDArray[Any]:
@@ -430,7 +430,7 @@ class _Order:
         if (found := self._kept.get(window)) is not None:
             self._kept.move_to_end(window)
             return found
-        order = _permutation(length, *self.key, "window", *window).astype(np.uint16 if length <= 1 << 16 else np.uint32)
+        order = permutation(length, *self.key, "window", *window).astype(np.uint16 if length <= 1 << 16 else np.uint32)
         self._kept[window] = order
         self._kept_bytes += order.nbytes
         while self._kept_bytes > KEPT and len(self._kept) > 1:
@@ -458,49 +458,3 @@ def rank_bounds(batch: int, world: int) -> list[int]:
 def batch_sha256(ids: Sequence[int] | Ids) -> str:
     """The hash of a global batch's ordered ids, as little-endian int64."""
     return hashlib.sha256(np.ascontiguousarray(ids, dtype="<i8").tobytes()).hexdigest()
-
-
-class SampleUniforms:
-    """All that is random about a sample in an epoch, its text and its crop: `count` numbers in [0, 1).
-
-    They are a stretch of the epoch's Philox stream that belongs to the sample alone.
-    """
-
-    def __init__(self, seed: int, count: int) -> None:
-        self._seed, self._count, self._blocks = seed, count, -(-count // 4)  # Philox4x64 makes four numbers at a time
-        self._streams: dict[int, tuple[np.random.Philox, int]] = {}
-
-    def __call__(self, epochs: Sequence[int], samples: Sequence[int]) -> NDArray[np.float64]:
-        """(N, count) numbers of N samples, each in its epoch."""
-        bits_NK = np.empty((len(samples), self._count), np.uint64)
-        for row, (epoch, sample) in enumerate(zip(epochs, samples, strict=True)):
-            if epoch not in self._streams:
-                self._streams = {epoch: (_philox(self._seed, "sample", epoch), 0), **self._streams}
-                self._streams = dict(itertools.islice(self._streams.items(), 4))
-            stream, at = self._streams[epoch]
-            stream.advance((sample * self._blocks - at) % (1 << 256))
-            bits_NK[row] = stream.random_raw(self._count)
-            self._streams[epoch] = stream, (sample + 1) * self._blocks
-        return (bits_NK >> np.uint64(11)).astype(np.float64) * 2.0**-53
-
-
-def _permutation(length: int, seed: int, *keys: object) -> NDArray[np.uint64]:
-    """A permutation of its own for each seed and keys.
-
-    A number's place goes into the low bits of its random ones, which leaves 42 of those even for four million, and
-    what a sort of the whole has left there is the stable argsort of the rest.
-    """
-    low = np.uint64((1 << max(length - 1, 1).bit_length()) - 1)
-    bits: NDArray[np.uint64] = _philox(seed, *keys).random_raw(length)
-    bits &= ~low
-    bits |= np.arange(length, dtype=np.uint64)
-    bits.sort()
-    bits &= low
-    return bits
-
-
-def _philox(seed: int, *keys: object) -> np.random.Philox:
-    """A generator of its own for each seed and keys: 128 bits of a hash are Philox's key."""
-    text = ":".join(map(str, (seed, *keys)))
-    key = np.frombuffer(hashlib.sha256(text.encode()).digest()[:16], dtype="<u8")
-    return np.random.Philox(key=key)

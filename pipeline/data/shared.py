@@ -112,8 +112,12 @@ class Watch:
     def _now(self) -> NDArray[np.int64]:
         return np.frombuffer(self._memory, np.int64)
 
+    @functools.cached_property
+    def _process(self) -> psutil.Process:
+        return psutil.Process()  # first asked for in a loader process
+
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_now"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_now", "_process")}
 
     def at(self, worker: int, shard: int | None) -> None:
         """A process says which shard it turns to; None for none."""
@@ -124,7 +128,7 @@ class Watch:
         """A process says that it has made a part."""
         self.at(worker, None)
         self._set(worker, self.PARTS, self._get(worker, self.PARTS) + 1)
-        taken = psutil.Process().memory_info()
+        taken = self._process.memory_info()
         self._set(worker, self.MEMORY, taken.rss - getattr(taken, "shared", 0))
 
     def shard(self, worker: int) -> int | None:

@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.data import plan as planning
-from pipeline.data.plan import Plan, PlanError, SampleUniforms, Share, batch_sha256, layout, rank_bounds
+from pipeline.data.philox import SampleUniforms
+from pipeline.data.plan import Plan, PlanError, Share, batch_sha256, layout, rank_bounds
 
 # Raised together with PLAN_VERSION, and never else: an old run would resume in another order.
 GOLDEN = "b06c48d283cff13eb118eac81cd9254d817b5fa33b8bf535dcdd85b731673584"

@@ -16,7 +16,7 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from pipeline.data import transforms
-from pipeline.data.plan import SampleUniforms
+from pipeline.data.philox import SampleUniforms
 from pipeline.data.transforms import CROPS, BadSample, Texts, crop_box, crop_shapes, decode, normalizer
 
 TRIES = 4 * transforms.CROP_TRIES
