@@ -76,14 +76,27 @@ def evaluate(
         list[str] | None, typer.Option("--set", help="Name of an evaluation set; repeat for several. By default all.")
     ] = None,
     step: StepOption = None,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Follow the run until it is done: measure each checkpoint as it appears.")
+    ] = False,
 ) -> None:
     """Measure a checkpoint: zero-shot classification, retrieval and caption selection, with 95 % intervals.
 
-    Writes RUN/eval/STEP/SET.json in CLIP_benchmark's schema, and prints a table.
+    Writes RUN/eval/STEP/SET.json in CLIP_benchmark's schema, and prints a table. With --watch, does so for every
+    checkpoint that has no results yet, beside the training; exit code 75 where it was asked to stop (SIGTERM, Ctrl-C)
+    before the run was done.
     """
-    from pipeline.evaluate.run import evaluate as run_evaluation
+    if not watch:
+        from pipeline.evaluate.run import evaluate as run_evaluation
 
-    run_evaluation(run, data, names=sets, step=step)
+        run_evaluation(run, data, names=sets, step=step)
+        return
+    if step is not None:
+        raise DataError(f"--watch measures every checkpoint, and --step {step} only one. Leave one of them out.")
+    from pipeline.evaluate.watch import watch as follow
+
+    if follow(run, data, names=sets) == "requeue":
+        raise typer.Exit(REQUEUE)
 
 
 @app.command()

@@ -1,7 +1,9 @@
 """Checkpoints that are either whole or not there: written in full, hashed last, verified when loaded.
 
-RUN/checkpoints/step-00001000/ model.safetensors  optimizer.pt  state.json  CHECKSUMS.json (last)
+RUN/checkpoints/step-00001000/ model.safetensors  optimizer.pt  ema.safetensors (where weights are averaged)
+                               state.json  CHECKSUMS.json (last)
 RUN/checkpoints/LATEST         the newest whole one
+RUN/checkpoints/BEST           the one with the highest value of a figure, where one was asked for
 """
 
 from __future__ import annotations
@@ -12,8 +14,8 @@ import logging
 import os
 import pickle
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,10 @@ from torch import Tensor
 
 from data_prep.record import DataError
 
-CHECKSUMS = "CHECKSUMS.json"
+MODEL, AVERAGE, OPTIMIZER, STATE = "model.safetensors", "ema.safetensors", "optimizer.pt", "state.json"
+SHARDS = "shard-"
+CHECKSUMS, LATEST, BEST = "CHECKSUMS.json", "LATEST", "BEST"
+FOLDERS = "step-" + 8 * "[0-9]"
 KEEP_AT_LEAST = 2
 
 # What json, safetensors and torch raise for a file that is not theirs; torch.load refuses code with UnpicklingError.
@@ -45,13 +50,15 @@ class Checkpoint:
         step: optimizer steps done.
         model: parameters and buffers by open_clip's names.
         optimizer: torch's optimizer state; empty where only the weights were loaded.
-        state: stream state, recipe hash, metrics: plain JSON values.
+        state: stream state, recipe hash, metrics (name → figure): plain JSON values.
+        average: the moving average of `model`; None where there is none, or only the weights were loaded.
     """
 
     step: int
     model: dict[str, Tensor]
     optimizer: dict[str, Any]
     state: dict[str, Any]
+    average: dict[str, Tensor] | None = None
 
 
 def save(run: Path, checkpoint: Checkpoint, keep: int) -> Path:
@@ -59,35 +66,122 @@ def save(run: Path, checkpoint: Checkpoint, keep: int) -> Path:
 
     An OSError (a full disk, say) leaves the former checkpoints and LATEST as they were.
     """
-    root = run / "checkpoints"
-    folder = root / folder_name(checkpoint.step)
-    if folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
-    writers: dict[str, Callable[[Path], object]] = {
-        "model.safetensors": lambda path: save_file(
-            {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.model.items()}, path
-        ),
-        "optimizer.pt": lambda path: torch.save(checkpoint.optimizer, path),
-        "state.json": lambda path: path.write_text(
-            json.dumps({"step": checkpoint.step, **checkpoint.state}, indent=1), encoding="utf-8"
-        ),
-    }
-    for name, write in writers.items():
-        write(folder / name)
-        _sync(folder / name)
-    write_atomically(folder / CHECKSUMS, json.dumps({name: _sha256(folder / name) for name in writers}, indent=1))
-    write_atomically(root / "LATEST", folder.name)
-    for old in steps(run)[max(keep, KEEP_AT_LEAST) :]:
-        # Its checksums go first: what is then left of it is no checkpoint, however far the removal gets.
-        (root / folder_name(old) / CHECKSUMS).unlink()
-        shutil.rmtree(root / folder_name(old))
+    folder = publish(run, checkpoint)
+    purge(run, keep, known={checkpoint.step: True})
     return folder
+
+
+def publish(run: Path, checkpoint: Checkpoint) -> Path:
+    """Write a checkpoint and point LATEST to it.
+
+    Raises:
+        OSError: it cannot be written (a full disk, say); LATEST and the other checkpoints are as they were.
+    """
+    folder = new_folder(run, checkpoint.step)
+    try:
+        finish(folder, write(folder, checkpoint))
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)  # what is half written takes room
+        raise
+    return folder
+
+
+def new_folder(run: Path, step: int) -> Path:
+    """An empty folder for the checkpoint of a step; what a killed run, or a damaged checkpoint, left there is gone."""
+    folder = run / "checkpoints" / folder_name(step)
+    if folder.exists():
+        remove(folder)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def write(folder: Path, checkpoint: Checkpoint) -> list[str]:
+    """Write a checkpoint's files; their names. Without CHECKSUMS.json it is none yet.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    state = json.dumps({"step": checkpoint.step, **checkpoint.state}, indent=1)
+    writers: dict[str, Callable[[Path], object]] = {
+        MODEL: lambda path: _save_tensors(checkpoint.model, path),
+        OPTIMIZER: lambda path: _save_pickled(checkpoint.optimizer, path),
+        STATE: lambda path: path.write_text(state, encoding="utf-8"),
+    }
+    if (average := checkpoint.average) is not None:
+        writers[AVERAGE] = lambda path: _save_tensors(average, path)
+    for name, write_file in writers.items():
+        write_file(folder / name)
+    return list(writers)
+
+
+def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+    except SafetensorError as error:
+        raise OSError(f"{path}: {error}") from error
+
+
+def _save_pickled(value: object, path: Path) -> None:
+    try:
+        with path.open("wb") as file:
+            torch.save(value, file)
+    except RuntimeError as error:
+        # torch closes its archive after a failed write, and reports that the archive is incomplete.
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
+
+
+def finish(folder: Path, names: Iterable[str]) -> None:
+    """Make the files in a folder a checkpoint, on disk, and point LATEST to it."""
+    for name in names:
+        sync(folder / name)
+    write_atomically(folder / CHECKSUMS, json.dumps({name: sha256(folder / name) for name in names}, indent=1))
+    sync(folder.parent)  # the folder's own name, before another file tells of it
+    write_atomically(folder.parent / LATEST, folder.name)
+
+
+def purge(run: Path, keep: int, *, known: dict[int, bool], spare: Collection[int | None] = ()) -> None:
+    """Remove old checkpoints, and what killed runs left of some.
+
+    Args:
+        run: the run folder.
+        keep: that many of the newest stay, at least two. A damaged one does not count, and goes with the old.
+        known: step → whether its files are whole; what is found out here is added, so that each is hashed once.
+        spare: steps that stay too.
+
+    What cannot be removed is warned of: training goes on without.
+    """
+    root = run / "checkpoints"
+    listed, kept = steps(run), 0
+    partial = {path for path in root.glob(FOLDERS) if not (path / CHECKSUMS).exists()}
+    old: list[Path] = []
+    for step in listed:
+        if kept >= max(keep, KEEP_AT_LEAST):
+            old += [] if step in spare else [root / folder_name(step)]
+        elif is_whole(run, step, known):
+            kept += 1
+    for folder in (*sorted(partial), *old):
+        try:
+            remove(folder)
+        except OSError as error:
+            log.warning("%s: the old checkpoint cannot be removed (%s). Remove it by hand.", folder, error)
+
+
+def remove(folder: Path) -> None:
+    """Remove a checkpoint, its checksums first: what is then left is none, however far the removal gets."""
+    (folder / CHECKSUMS).unlink(missing_ok=True)
+    shutil.rmtree(folder)
 
 
 def steps(run: Path) -> list[int]:
     """The steps of all complete checkpoints, newest first; their contents are not verified."""
-    found = (run / "checkpoints").glob(f"step-????????/{CHECKSUMS}")
+    return steps_in(run / "checkpoints")
+
+
+def steps_in(root: Path) -> list[int]:
+    """As `steps`, of a folder that holds checkpoints, here or behind an address."""
+    found = root.glob(f"{FOLDERS}/{CHECKSUMS}")
     return sorted((int(path.parent.name.removeprefix("step-")) for path in found), reverse=True)
 
 
@@ -108,23 +202,102 @@ def load_newest(run: Path) -> Checkpoint | None:
     return None
 
 
-def load(run: Path, step: int, *, weights_only: bool = False) -> Checkpoint:
-    """Read one checkpoint after verifying every file of it; `weights_only` leaves the optimizer's state out.
+def load(run: Path, step: int, *, weights_only: bool = False, average: bool = False) -> Checkpoint:
+    """Read one checkpoint after verifying every file of it.
+
+    Args:
+        run: the run folder.
+        step: the checkpoint's.
+        weights_only: leave the optimizer's state out, and the average of the weights.
+        average: give that average as `model`.
 
     Raises:
-        CheckpointError: a file is missing, its hash differs, or it does not parse.
+        CheckpointError: a file is missing, its hash differs, or it does not parse; or there is no average.
     """
     folder = run / "checkpoints" / folder_name(step)
+    listed = verify(folder)
+    if any(map(is_shard, listed)):
+        from pipeline.checkpoint_sharded import join  # loads torch.distributed.checkpoint
+
+        saved = join(folder)
+    else:
+        saved = _read(folder, step, optimizer=not weights_only, averaged=AVERAGE in listed)
+    if average:
+        if saved.average is None:
+            raise CheckpointError(
+                f"{folder}: an average of the weights was asked for and there is none: optim.ema was off in this run. "
+                "Take the weights themselves, or train with optim.ema."
+            )
+        saved = replace(saved, model=saved.average)
+    return replace(saved, optimizer={}, average=None) if weights_only else saved
+
+
+def _read(folder: Path, step: int, *, optimizer: bool, averaged: bool) -> Checkpoint:
     try:
-        listed = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
-        for name, expected in listed.items():
-            if _sha256(folder / name) != expected:
-                raise CheckpointError(f"{folder / name}: its sha256 is not the one in {CHECKSUMS}.")
-        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        optimizer = {} if weights_only else torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
-        return Checkpoint(step, load_file(folder / "model.safetensors"), optimizer, state)
+        return Checkpoint(
+            step=step,
+            model=load_file(folder / MODEL),
+            # Only what holds no code is unpickled.
+            optimizer=torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True) if optimizer else {},
+            state=json.loads((folder / STATE).read_text(encoding="utf-8")),
+            average=load_file(folder / AVERAGE) if averaged else None,
+        )
     except (*MALFORMED, OSError) as error:
-        raise CheckpointError(f"{folder}: cannot be read ({str(error).splitlines()[0]}).") from error
+        raise _unreadable(folder, error) from error
+
+
+def verify(folder: Path) -> dict[str, str]:
+    """The sha256 of each file of a checkpoint, by name, once the files have been found to agree with it.
+
+    Raises:
+        CheckpointError: one is missing, or its hash differs.
+    """
+    try:
+        listed = read_checksums((folder / CHECKSUMS).read_bytes(), folder)
+        for name, expected in listed.items():
+            if sha256(folder / name) != expected:
+                raise CheckpointError(f"{folder / name}: its sha256 is not the one in {CHECKSUMS}.")
+    except OSError as error:
+        raise _unreadable(folder, error) from error
+    return listed
+
+
+def read_checksums(content: bytes, folder: Path) -> dict[str, str]:
+    """What CHECKSUMS.json says: file name → sha256.
+
+    Raises:
+        CheckpointError: it is not such a table, lacks a checkpoint's files, or names one that lies elsewhere.
+    """
+    try:
+        listed = json.loads(content)
+        good = all(Path(name).name == name for name in listed) and (
+            listed.keys() >= {MODEL, OPTIMIZER, STATE} or STATE in listed and any(map(is_shard, listed))
+        )
+    except MALFORMED as error:
+        raise _unreadable(folder / CHECKSUMS, error) from error
+    if not good:
+        raise CheckpointError(f"{folder / CHECKSUMS}: does not list the files of a checkpoint; found {sorted(listed)}.")
+    return dict(listed)
+
+
+def _unreadable(path: Path, error: BaseException) -> CheckpointError:
+    return CheckpointError(f"{path}: cannot be read ({(str(error) or type(error).__name__).splitlines()[0]}).")
+
+
+def is_whole(run: Path, step: int, known: dict[int, bool]) -> bool:
+    """Whether a checkpoint's files are whole: as `known` says, or by their hashes, and then added to it."""
+    if step not in known:
+        try:
+            known[step] = bool(verify(run / "checkpoints" / folder_name(step)))
+        except CheckpointError as error:
+            log.warning("%s It does not count as a checkpoint.", error)
+            known[step] = False
+    return known[step]
+
+
+def is_shard(name: str) -> bool:
+    """Whether a checkpoint's file is one rank's part of it (see checkpoint_sharded)."""
+    return name.startswith(SHARDS)
 
 
 def folder_name(step: int) -> str:
@@ -136,12 +309,13 @@ def write_atomically(path: Path, text: str) -> None:
     """Replace a file by its new text in one move: readers see the old or the new one, whole."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8")
-    _sync(temporary)
+    sync(temporary)
     temporary.replace(path)
-    _sync(path.parent)
+    sync(path.parent)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -149,6 +323,7 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """The hash of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

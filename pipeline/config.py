@@ -19,10 +19,13 @@ RECIPES = Path(__file__).parent / "recipes"
 # A resumed run may be longer, watched differently and run elsewhere; anything else would make it another run.
 # Where the data lies may change since the fingerprint and the share of each dataset, which the plan checks, may not.
 MAY_CHANGE_ON_RESUME = (
-    *("train.steps", "checkpoint", "evaluate", "tracking"),
+    *("train.steps", "train.epochs", "train.samples", "checkpoint", "evaluate", "tracking"),
     *("data.datasets", "data.workers", "data.prefetch", "data.timeout_s", "data.verify", "tokenizer.path"),
     *("data.cache", "data.cache_gb", "train.processes", "train.threads", "train.device", "train.accept_changes"),
+    *("train.timeout_s", "train.max_skipped", "data.max_bad"),
 )
+# Ways to say how long a run is.
+LENGTHS = ("steps", "epochs", "samples")
 
 
 class RecipeError(DataError):
@@ -133,11 +136,28 @@ class TokenizerConfig(Component):
 
 
 class ModelConfig(Component):
-    """The two towers, as open_clip describes them."""
+    """The two towers, as open_clip describes them, and the weights that they begin with."""
 
-    name: str = Field("", description="an open_clip model name, such as ViT-B-32")
+    name: str = Field("", description="an open_clip model name, such as ViT-B-32, or a .json file that describes one")
     config: dict[str, Any] = Field(
         default_factory=dict, description="or open_clip's model_cfg itself: embed_dim, vision_cfg, text_cfg"
+    )
+    pretrained: str = Field(
+        "",
+        description="weights to begin with: open_clip's tag for the name, or a file; timm's and Hugging Face's "
+        "are asked for in config (timm_model_pretrained, hf_model_pretrained)",
+    )
+    lock_image: bool = Field(False, description="keep the image tower as it was loaded (LiT)")
+    unlocked_image_groups: Annotated[int, Field(ge=0)] = Field(
+        0, description="of a locked image tower, layer groups at its end that are trained all the same"
+    )
+    lock_text: bool = Field(False, description="keep the text tower as it was loaded")
+    unlocked_text_groups: Annotated[int, Field(ge=0)] = Field(0, description="of a locked text tower, the same")
+    patch_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="share of an image's patches that a step leaves out (ViT only; Li et al. 2022)"
+    )
+    activation_checkpointing: bool = Field(
+        False, description="recompute each block in the backward pass: less memory, a third more time"
     )
     channels_last: bool = Field(False, description="memory format of images and convolutions")
 
@@ -151,15 +171,26 @@ class ModelConfig(Component):
 
 
 class LossConfig(Component):
-    """InfoNCE and its temperature; the model learns log(scale), where scale = 1 / temperature."""
+    """What pulls pairs together, and its temperature; the model learns log(scale), where scale = 1 / temperature."""
 
+    kind: Literal["info_nce", "decoupled", "sigmoid"] = Field(
+        "info_nce", description="decoupled: InfoNCE without the pair itself in the denominator; sigmoid: SigLIP's"
+    )
+    positives: Literal["pair", "image", "image_and_text"] = Field(
+        "pair", description="what else than its own pair is no negative: texts of the same photo, the same text"
+    )
     init_scale: Annotated[float, Field(gt=0)] = Field(1 / 0.07, description="scale at step 0")
-    max_scale: Annotated[float, Field(gt=0)] = Field(100.0, description="upper clamp after each step; the lower is 1")
-    tile: PositiveInt = Field(1024, description="rows of logits that are in memory at a time")
+    init_bias: float = Field(-10.0, description="bias of the sigmoid loss at step 0")
+    min_scale: Annotated[float, Field(gt=0)] = Field(1.0, description="lower clamp after each step")
+    max_scale: Annotated[float, Field(gt=0)] = Field(100.0, description="upper clamp after each step")
+    learn_scale: bool = Field(True, description="false leaves the scale at init_scale")
+    tile: PositiveInt | None = Field(
+        None, description="rows and columns of logits in memory at a time; null: 16384 (1 GB), on a CPU 1024"
+    )
 
 
 class OptimConfig(Component):
-    """AdamW with warm-up and a cosine to zero."""
+    """AdamW and its learning rate."""
 
     lr: Annotated[float, Field(gt=0)] = Field(5e-4, description="peak learning rate")
     betas: tuple[float, float] = Field((0.9, 0.98), description="AdamW's decay of both moments")
@@ -167,45 +198,81 @@ class OptimConfig(Component):
     weight_decay: Annotated[float, Field(ge=0)] = Field(
         0.2, description="on matrices and kernels; never on gains, biases and the temperature"
     )
+    layer_decay: Fraction = Field(1.0, description="factor on the rate from each layer group to the one below it")
     warmup_steps: Annotated[int, Field(ge=0)] = Field(500, description="steps of linear warm-up")
-    schedule: Literal["cosine", "constant"] = Field("cosine", description="after the warm-up")
+    schedule: Literal["cosine", "constant", "wsd"] = Field(
+        "cosine", description="after the warm-up; wsd: constant, then linear to zero over the last decay_share"
+    )
+    decay_share: Fraction = Field(0.2, description="part of all steps, for schedule wsd")
     clip_norm: Annotated[float, Field(gt=0)] | None = Field(1.0, description="largest gradient norm; null for none")
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None, description="decay of a moving average of the weights, kept beside them; null for none"
+    )
 
 
 class TrainConfig(Component):
     """Length, batch, and what each process does with its machine."""
 
-    steps: PositiveInt = Field(description="optimizer steps of the whole run")
+    steps: PositiveInt | None = Field(None, description="length of the run in optimizer steps,")
+    epochs: Annotated[float, Field(gt=0)] | None = Field(None, description="or in passes over the first dataset,")
+    samples: PositiveInt | None = Field(None, description="or in pairs seen; one of the three")
     batch_size: PositiveInt = Field(description="image-text pairs a step, over all ranks")
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast, with float32 weights")
+    micro_batch_size: PositiveInt | None = Field(
+        None, description="pairs that a rank takes through the towers at a time (GradCache); null: all of its own"
+    )
+    precision: Literal["fp32", "bf16", "fp16", "fp64"] = Field(
+        "fp32", description="bf16, fp16: autocast, with float32 weights; fp64: for checks"
+    )
+    sharding: Literal["ddp", "fsdp2"] = Field("ddp", description="of several ranks: weights on each, or cut over all")
+    compile: bool = Field(False, description="torch.compile the towers")
     threads: PositiveInt | None = Field(None, description="CPU threads a rank; null leaves torch's choice")
     processes: PositiveInt | None = Field(None, description="stop unless so many ranks are running")
     device: Literal["auto", "cpu"] = Field("auto", description="auto takes a GPU where there is one")
+    timeout_s: PositiveInt = Field(600, description="how long a rank waits for the others within a step")
     deterministic: bool = Field(False, description="only deterministic kernels (slower on CUDA)")
     accept_changes: bool = Field(
         False, description="resume with other data or settings than the run began with; what differs is recorded"
     )
     max_skipped: PositiveInt = Field(10, description="non-finite steps in a row before the run stops")
 
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainConfig:
+        given = [name for name in LENGTHS if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"train needs one of {', '.join(LENGTHS)}; found {' and '.join(given) or 'none'}")
+        return self
+
 
 class CheckpointConfig(Component):
-    """When the run is saved."""
+    """When the run is saved, and what is kept."""
 
     every_steps: PositiveInt = Field(1000, description="steps between checkpoints; the last step is always saved")
+    every_minutes: Annotated[float, Field(gt=0)] | None = Field(None, description="minutes between them, beside that")
     keep: Annotated[int, Field(ge=2)] = Field(3, description="newest checkpoints that are kept")
+    keep_best: str = Field(
+        "",
+        description="the checkpoint with the highest value of this figure is kept too, such as "
+        "flickr30k_val/image_retrieval_recall@1",
+    )
+    copy_to: str = Field("", description="folder that gets a copy of each: s3://, gs://, or on another disk")
 
 
 class EvaluateConfig(Component):
-    """How a checkpoint is measured."""
+    """How a checkpoint is measured, and when while training."""
 
     batch_size: PositiveInt = Field(256, description="images or texts at a time")
     workers: Annotated[int, Field(ge=0)] = Field(2, description="loader processes")
+    data: str = Field("", description="dataset whose evaluation sets are measured while training; empty: none are")
+    sets: list[str] = Field(default_factory=list, description="names of those sets; empty: all")
+    every_steps: PositiveInt = Field(1000, description="steps between measurements")
+    budget: Fraction = Field(0.01, description="share of the training time above which that is warned of")
 
 
 class TrackingConfig(Component):
     """What is written while training, beside metrics.jsonl."""
 
     tensorboard: bool = Field(True, description="write RUN/tensorboard")
+    wandb: str = Field("", description="Weights & Biases project to write to (extra `wandb`); empty for none")
     log_every_steps: PositiveInt = Field(50, description="steps between lines in a log that is not a terminal")
 
 
@@ -304,6 +371,9 @@ def _override(values: dict[str, Any], word: str) -> None:
         if not isinstance(values, dict):
             raise RecipeError(f"{word!r}: {section} is a value, not a section.")
     values[last] = _scalar(text)
+    if sections == ["train"] and last in LENGTHS:  # the recipe's own length gives way to the one asked for
+        for other in set(LENGTHS) - {last}:
+            values.pop(other, None)
 
 
 def _scalar(text: str) -> Any:

@@ -1,5 +1,5 @@
-"""What the ranks tell each other: before training what one found for all, and after a step, in one collective, its
-loss, the samples used, and whether to stop."""
+"""What the ranks tell each other: before training what one found for all, and of each step, in one collective that is
+read a step late, its loss, the samples used, and whether to stop."""
 
 from __future__ import annotations
 
@@ -21,45 +21,96 @@ from pipeline.failure import TrainingError
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
+# torch ≥ 2.13 has it under another name, and warns of this one.
+ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 class StepReport(NamedTuple):
-    """One step as all ranks saw it; every rank holds the same values."""
+    """One step as all ranks saw it; every rank holds the same values, but for `numbers`.
+
+    Attributes:
+        loss: summed over ranks.
+        numbers: this rank's others.
+        ids: (N,) all samples, in rank order.
+        bad: samples that were replaced, over ranks.
+        stop: whether any rank was asked to stop.
+        save: whether any rank wants a checkpoint.
+    """
 
     loss: float
+    numbers: list[float]
     ids: Ids
     bad: int
     stop: bool
+    save: bool
 
 
-def report(loss: Tensor, id_B: Tensor, *, bad: int, stop: bool, sizes: Sequence[int]) -> StepReport:
-    """Sum the ranks' losses and bad samples, join their ids in rank order, and stop if any rank wants to.
+class Sending:
+    """A step's report on its way, in one collective; nobody waits for it before it is read.
 
     Args:
         loss: () this rank's share.
+        numbers: () each, of this rank.
         id_B: int64 ids of this rank's samples.
         bad: samples of this rank's batch that were replaced.
         stop: whether this rank was asked to stop.
+        save: whether this rank wants a checkpoint.
         sizes: B of every rank.
 
-    Collective: every rank calls it.
+    Collective: every rank makes it.
     """
-    # The loss travels as the bits of its float64, so that one integer tensor holds everything.
-    own = torch.zeros(3 + max(sizes), dtype=torch.int64, device=loss.device)
-    own[0] = loss.detach().double().view(torch.int64)
-    own[1], own[2] = bad, int(stop)
-    own[3 : 3 + len(id_B)] = id_B.to(loss.device)
-    every = [own]
-    if len(sizes) > 1:
-        every = [torch.empty_like(own) for _ in sizes]
-        dist.all_gather(every, own)
-    rows = torch.stack(every).cpu()
-    ids = [row[3 : 3 + size].numpy() for row, size in zip(rows, sizes, strict=True)]
-    return StepReport(
-        loss=float(rows[:, 0].contiguous().view(torch.float64).sum()),
-        ids=np.concatenate(ids),
-        bad=int(rows[:, 1].sum()),
-        stop=bool(rows[:, 2].any()),
-    )
+
+    def __init__(
+        self,
+        loss: Tensor,
+        numbers: Sequence[Tensor],
+        id_B: Tensor,
+        *,
+        bad: int,
+        stop: bool,
+        save: bool,
+        sizes: Sequence[int],
+    ) -> None:
+        device = loss.device
+        # MPS has no float64; a number travels as the bits of an integer of its own size, so that one tensor holds all.
+        self._real, whole = (torch.float32, torch.int32) if device.type == "mps" else (torch.float64, torch.int64)
+        real = torch.stack([value.detach().to(self._real) for value in (loss, *numbers)]).view(whole).long()
+        plain = torch.zeros(3 + max(sizes), dtype=torch.int64)
+        plain[:3] = torch.tensor([bad, stop, save])
+        plain[3 : 3 + len(id_B)] = id_B
+        own = torch.cat([real, plain.to(device, non_blocking=True)])
+        self._sizes, self._count, self._whole = sizes, len(real), whole
+        self._rank, self._work, every = 0, None, own
+        if len(sizes) > 1:
+            self._rank, every = dist.get_rank(), own.new_empty(len(sizes) * len(own))
+            self._work = ALL_GATHER(every, own, async_op=True)
+        self._every, self._copied = every, None
+        if device.type == "cuda":
+            if self._work:
+                self._work.wait()  # the stream does, not this thread
+            self._every = torch.empty_like(every, device="cpu", pin_memory=True)
+            self._every.copy_(every, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    def read(self) -> StepReport:
+        """Wait until it is here."""
+        if self._copied:
+            self._copied.synchronize()
+        elif self._work:
+            self._work.wait()
+        rows = self._every.cpu().reshape(len(self._sizes), -1)
+        real = rows[:, : self._count].to(self._whole).contiguous().view(self._real)
+        plain = rows[:, self._count :]
+        ids = [row[3 : 3 + size].numpy() for row, size in zip(plain, self._sizes, strict=True)]
+        return StepReport(
+            loss=float(real[:, 0].double().sum()),
+            numbers=real[self._rank, 1:].tolist(),
+            ids=np.concatenate(ids),
+            bad=int(plain[:, 0].sum()),
+            stop=bool(plain[:, 1].any()),
+            save=bool(plain[:, 2].any()),
+        )
 
 
 def from_main(make: Callable[[], T]) -> T:

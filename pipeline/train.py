@@ -6,98 +6,129 @@ It is safe to kill at any moment: the same command goes on from the newest check
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
-import importlib.metadata
 import itertools
 import json
 import logging
 import math
-import os
-import platform
-import signal
-import subprocess
-import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Mapping
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
 
-from pipeline import checkpoint as checkpoints
-from pipeline import config, exchange, model, tokenizer
-from pipeline.config import OptimConfig, Recipe, TrainConfig
+from pipeline import begin, exchange, model, ranks, tokenizer
+from pipeline.backward import Contrast, forward_backward
+from pipeline.checkpoint import Checkpoint
+from pipeline.checkpoint_writer import Writer
+from pipeline.config import OptimConfig, Recipe
 from pipeline.data.cache import Cache
 from pipeline.data.loader import Augmentation, Batch, Stream
-from pipeline.data.plan import Plan, Share, batch_sha256, layout, rank_bounds
+from pipeline.data.plan import batch_sha256, rank_bounds
 from pipeline.data.store import ShardStore
-from pipeline.data.tars import TarSet, open_tars
+from pipeline.data.tars import open_tars
 from pipeline.data.transforms import normalizer
+from pipeline.evaluate.during import Budget, Evaluators
 from pipeline.failure import TrainingError
 from pipeline.loss.info_nce import info_nce
+from pipeline.loss.sigmoid import sigmoid
+from pipeline.loss.temperature import clamp_scale
+from pipeline.loss.tiles import text_key
+from pipeline.symptoms import Symptoms
+from pipeline.throughput import Throughput, flops_per_sample, peak_flops, peak_memory_mb
 from pipeline.tracking import Tracker
+from pipeline.trained import inference_transform
 
 log = logging.getLogger(__name__)
 
 # Below so many samples, one bad image would be a bad rate over any threshold.
 BAD_RATE_FLOOR = 1000
 
+LOSSES: dict[str, Contrast] = {
+    "info_nce": info_nce,
+    "decoupled": functools.partial(info_nce, decoupled=True),
+    "sigmoid": sigmoid,
+}
+
 
 def train(recipe: Recipe, run: Path) -> str:
     """Train a recipe into a run folder, from its newest checkpoint if it has one (contracts 2 and 3).
 
     Returns:
-        "done", or "requeue" where SIGTERM or SIGINT asked for a stop: the run is saved, the same command goes on.
+        "done", or "requeue" where SIGTERM, SIGUSR1 or SIGINT asked for a stop: the run is saved, the same command goes
+        on.
 
     Raises:
         DataError: the user must change something.
         TrainingError: too many non-finite steps or unreadable samples.
     """
     # --- Machine
-    accelerator = start_processes(recipe.train)
+    accelerator = ranks.start(
+        processes=recipe.train.processes,
+        cpu=recipe.train.device == "cpu",
+        precision=recipe.train.precision,
+        timeout_s=recipe.train.timeout_s,
+    )
+    if recipe.train.threads:
+        torch.set_num_threads(recipe.train.threads)
+    torch.use_deterministic_algorithms(recipe.train.deterministic)
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
-    stop = StopRequest()
+    main, stop = accelerator.is_main_process, ranks.StopRequest()
 
     # --- Data, and where the run stands
-    cache = Cache(cache_folder(recipe.data.cache), int(recipe.data.cache_gb * 1e9))
+    cache = Cache(begin.cache_folder(recipe.data.cache), int(recipe.data.cache_gb * 1e9))
     sets = exchange.from_main(lambda: [open_tars(one.path, cache) for one in recipe.data.datasets])
     store = ShardStore(sets, cache, verify=recipe.data.verify)
-    saved = load_saved(run)
+    saved = begin.load_saved(run, recipe.checkpoint.copy_to)
     step = saved.step if saved else 0
-    plan = plan_of(recipe, sets, world, saved.state["stream"] if saved else None)
+    plan = begin.plan_of(recipe, sets, world, saved.state["stream"] if saved else None)
+    total = begin.length(recipe.train, plan)
     bounds = rank_bounds(plan.global_batch, world)
-    sizes = [end - begin for begin, end in itertools.pairwise(bounds)]
-    exchange.from_main(lambda: prepare_folder(recipe, run, plan, world, saved))
-    exchange.together(lambda: bring_first(plan, store, step, bounds, accelerator))
+    sizes = [end - first for first, end in itertools.pairwise(bounds)]
+    exchange.from_main(lambda: begin.prepare_folder(recipe, run, plan, world, saved))
+    exchange.together(lambda: begin.bring_first(plan, store, step, bounds, accelerator))
 
     # --- Tokenizer and towers
     model_cfg = model.model_cfg(recipe.model.name, recipe.model.config)
     tokenize = tokenizer.load(recipe.tokenizer.kind, run / "tokenizer" / tokenizer.MODEL_FILE, model_cfg["text_cfg"])
-    torch.manual_seed(recipe.seed)
-    towers = model.build(model_cfg, init_scale=recipe.loss.init_scale).to(device)
     memory_format = torch.channels_last if recipe.model.channels_last else torch.contiguous_format
-    towers = towers.to(memory_format=memory_format)
-    if world > 1 and model.has_batch_statistics(towers) and accelerator.is_main_process:
+    dtype = torch.float64 if recipe.train.precision == "fp64" else torch.float32
+    towers = begin.make_towers(recipe, model_cfg, pretrained=not saved).to(device, dtype, memory_format=memory_format)
+    statistics = model.batch_statistics(towers)
+    if statistics and world > 1 and main:
         log.warning("The image tower has BatchNorm: its statistics are a rank's own, so results depend on the ranks.")
 
+    peak = peak_flops(device, recipe.train.precision) if main else None
+    flops = flops_per_sample(towers, model.image_size(towers), tokenize.context_length) if peak else None
+
     # --- Optimizer
-    groups = model.parameter_groups(towers, recipe.optim.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=recipe.optim.lr, betas=recipe.optim.betas, eps=recipe.optim.eps)
-    skipped_in_row, bad_seen, wall_before = 0, 0, 0.0
+    groups = model.parameter_groups(
+        towers,
+        lr=recipe.optim.lr,
+        weight_decay=recipe.optim.weight_decay,
+        layer_decay=recipe.optim.layer_decay,
+    )
+    # Its fused kernel takes `found_inf`, which makes a step undone on the device.
+    optimizer = torch.optim.AdamW(
+        groups, lr=recipe.optim.lr, betas=recipe.optim.betas, eps=recipe.optim.eps, fused=True
+    )
+    average = model.WeightAverage(towers, recipe.optim.ema) if recipe.optim.ema else None
+    progress: dict[str, Any] = {"skipped_in_row": 0, "bad_samples": 0, "wall_s": 0.0, "symptoms": {}}
     if saved:
         towers.load_state_dict(saved.model)
         optimizer.load_state_dict(saved.optimizer)
-        skipped_in_row, bad_seen, wall_before = (
-            saved.state[name] for name in ("skipped_in_row", "bad_samples", "wall_s")
-        )
-    parallel, optimizer = accelerator.prepare(towers, optimizer)
+        if average and saved.average:
+            average.load_state_dict(saved.average)
+        progress |= {name: saved.state[name] for name in progress}
+    accelerator.ddp_handler.broadcast_buffers = bool(statistics)
+    parallel, optimizer = accelerator.prepare(torch.compile(towers) if recipe.train.compile else towers, optimizer)
     normalize = normalizer(towers.visual.image_mean, towers.visual.image_std, device)
 
-    # --- Stream and tracking
+    # --- Stream, evaluation, tracking
     stream = Stream(
         plan,
         store,
@@ -112,292 +143,243 @@ def train(recipe: Recipe, run: Path) -> str:
         tokenize,
         tokenize.context_length,
         (bounds[rank], bounds[rank + 1]),
-        range(step, recipe.train.steps),
+        range(step, total),
         workers=recipe.data.workers,
         prefetch=recipe.data.prefetch,
         timeout_s=recipe.data.timeout_s,
         pin=device.type == "cuda",
     )
-    tracker = None
-    if accelerator.is_main_process:
-        tracker = Tracker(run, step=step, total=recipe.train.steps, **recipe.tracking.model_dump())
+    evaluators = None
+    if recipe.evaluate.data:
+        evaluators = Evaluators(
+            Path(recipe.evaluate.data),
+            recipe.evaluate.sets,
+            tokenize=tokenize,
+            preprocess=inference_transform(towers, recipe.data.interpolation),
+            batch_size=recipe.evaluate.batch_size,
+            workers=recipe.evaluate.workers,
+            rank=rank,
+            world=world,
+            global_batch=plan.global_batch,
+        )
+    symptoms = Symptoms(
+        warmup_steps=recipe.optim.warmup_steps,
+        min_scale=recipe.loss.min_scale,
+        max_scale=recipe.loss.max_scale,
+        info_nce=recipe.loss.kind != "sigmoid",
+        state=progress["symptoms"],
+    )
+    tracker = writer = None
+    if main:
+        throughput = Throughput(
+            flops_per_sample=flops, peak_flops=peak, devices=world, window=recipe.tracking.log_every_steps
+        )
+        tracker = Tracker(
+            run,
+            step=step,
+            total=total,
+            throughput=throughput,
+            settings=recipe.model_dump(mode="json"),
+            **recipe.tracking.model_dump(),
+        )
+        writer = Writer(
+            run,
+            keep=recipe.checkpoint.keep,
+            keep_best=recipe.checkpoint.keep_best,
+            copy_to=recipe.checkpoint.copy_to,
+        )
     accelerator.wait_for_everyone()  # the tracker has cut quarantine.jsonl back before a rank adds to it
 
     # --- Loop
-    started = stepped = time.monotonic()
+    started = stepped = saved_at = time.monotonic()
+    wall_before, budget = progress["wall_s"], Budget(recipe.evaluate.budget)
+    copied = torch.cuda.Event() if device.type == "cuda" else None
+    sent = deque[tuple[exchange.Sending, dict[str, Any]]]()
     parallel.train()
-    with stream, tracker or contextlib.nullcontext():
+    with stream, tracker or contextlib.nullcontext(), writer or contextlib.nullcontext():
         batches = iter(stream)
-        while step < recipe.train.steps and not stop.agreed:
+        while step < total and not stop.agreed:
+            if copied:
+                copied.synchronize()  # the batch before lies in the loader's memory, which this gives back
             batch = next(batches)
             data_wait_s = time.monotonic() - stepped
-            rate = learning_rate(step, recipe.optim, recipe.train.steps)
+            rate = learning_rate(step, recipe.optim, total)
             for group in optimizer.param_groups:
-                group["lr"] = rate
-            torch.manual_seed(step_seed(recipe.seed, step, rank))  # dropout, patch dropout
+                group["lr"] = rate * group["lr_scale"]
 
             # Forward, loss over all ranks' pairs, backward
-            image_BCSS = normalize(batch.image_BCSS).to(memory_format=memory_format)
-            image_BD, text_BD, scale = parallel(image_BCSS, batch.token_BL.to(device, non_blocking=True))
-            loss = info_nce(image_BD, text_BD, scale, sizes=sizes, tile=recipe.loss.tile)
-            accelerator.backward(loss * world)  # the loss wants gradients summed, DDP takes their mean
+            formerly = [buffer.clone() for buffer in statistics]
+            image_BCSS, token_BL, photo_B = (
+                value.to(device, non_blocking=device.type == "cuda")
+                for value in (batch.image_BCSS, batch.token_BL, batch.image_B)
+            )
+            if copied:
+                copied.record()
+            key_BK = no_negatives(photo_B, token_BL, recipe.loss.positives)
+            loss = forward_backward(
+                accelerator,
+                parallel,
+                image_BCSS,
+                token_BL,
+                functools.partial(LOSSES[recipe.loss.kind], key_BK=key_BK, sizes=sizes, tile=recipe.loss.tile),
+                prepare=lambda image: normalize(image).to(dtype, memory_format=memory_format),
+                micro_batch=recipe.train.micro_batch_size,
+                seed=step_seed(recipe.seed, step, rank),
+            )
 
-            # Update, unless this step's gradient is not finite (all ranks hold the same gradient)
+            # Update; where the gradient is not finite, on the device and so on all ranks, the step changes nothing
             norm = accelerator.clip_grad_norm_(parallel.parameters(), recipe.optim.clip_norm or math.inf)
-            finite = bool(torch.isfinite(norm))
-            if finite:
-                optimizer.step()
-                model.clamp_scale(towers, recipe.loss.max_scale)
-            optimizer.zero_grad(set_to_none=True)
+            skipped = (~norm.isfinite()).float()
+            if accelerator.scaler is None:  # else it looks for itself, and gives the optimizer the same word
+                optimizer.optimizer.found_inf = skipped
+            optimizer.step()
+            at_clamp = clamp_scale(towers.logit_scale, recipe.loss.min_scale, recipe.loss.max_scale)
+            for buffer, former in zip(statistics, formerly, strict=True):
+                buffer.copy_(torch.where(skipped > 0, former, buffer))
+            if average:
+                average.update(towers)
             step += 1
 
-            # What happened, agreed among ranks
-            told = exchange.report(loss, batch.id_B, bad=len(batch.replaced), stop=stop.asked, sizes=sizes)
-            stop.agreed = told.stop
-            skipped_in_row = 0 if finite else skipped_in_row + 1
-            bad_seen += told.bad
+            # What happened: told to all ranks, and read while the next step is being computed
+            unclipped = (norm / (recipe.optim.clip_norm or math.inf)).clamp(min=1)
+            scale_grad = towers.logit_scale.grad * unclipped if recipe.loss.learn_scale else torch.zeros_like(loss)
+            numbers = [norm, skipped, towers.logit_scale.exp(), scale_grad, at_clamp & recipe.loss.learn_scale]
+            optimizer.zero_grad(set_to_none=True)
             log_replaced(run, step, batch)
             loader_bytes, now = stream.memory(), time.monotonic()
-            if tracker:
-                tracker.log(
+            minutes = recipe.checkpoint.every_minutes
+            told = exchange.Sending(
+                loss,
+                numbers,
+                batch.id_B,
+                bad=len(batch.replaced),
+                stop=stop.asked,
+                save=bool(main and minutes and now - saved_at > 60 * minutes),
+                sizes=sizes,
+            )
+            sent.append(
+                (
+                    told,
                     {
                         "step": step,
                         "epoch": plan.epoch(step - 1),
                         "samples_seen": step * plan.global_batch,
                         "wall_s": round(wall_before + now - started, 3),
-                        "loss": told.loss,
-                        "logit_scale": float(towers.logit_scale.detach().exp()),
                         "lr": rate,
-                        "grad_norm": float(norm),
                         "samples_per_s": plan.global_batch / (now - stepped),
                         "data_wait_s": round(data_wait_s, 4),
                         "loader_mb": round(loader_bytes / 1e6, 1),
-                        "skipped": int(not finite),
-                        "bad_samples": bad_seen,
-                        "batch_sha256": batch_sha256(told.ids),
-                    }
+                        "memory_mb": round(peak_memory_mb(device), 1),
+                    },
                 )
+            )
             stepped = now
-            if skipped_in_row >= recipe.train.max_skipped:
-                raise TrainingError(
-                    f"step {step}: the gradient was not finite {skipped_in_row} times in a row. "
-                    f"Resume from the last checkpoint with a lower optim.lr or a longer optim.warmup_steps."
-                )
-            if bad_seen > recipe.data.max_bad * max(step * plan.global_batch, BAD_RATE_FLOOR):
-                raise TrainingError(
-                    f"step {step}: {bad_seen} of {step * plan.global_batch} samples were unreadable, more than "
-                    f"data.max_bad = {recipe.data.max_bad}. {run / 'quarantine.jsonl'} lists them."
-                )
+            save = step % recipe.checkpoint.every_steps == 0 or step == total
+            while sent and (len(sent) > 1 or save or stop.agreed):
+                told, line = sent.popleft()
+                seen = told.read()
+                stop.agreed, save = stop.agreed or seen.stop, save or seen.save
+                grad_norm, was_skipped, scale, scale_grad, was_at_clamp = seen.numbers
+                progress["skipped_in_row"] = progress["skipped_in_row"] + 1 if was_skipped else 0
+                progress["bad_samples"] += seen.bad
+                if tracker:
+                    for warning in symptoms.check(
+                        line["step"],
+                        seen.loss,
+                        plan.global_batch,
+                        scale,
+                        bool(was_at_clamp),
+                        grad_norm,
+                        bool(was_skipped),
+                    ):
+                        log.warning("%s", warning)
+                    tracker.log(
+                        line
+                        | {
+                            "loss": seen.loss,
+                            "logit_scale": scale,
+                            "logit_scale_grad": scale_grad,
+                            "clamp_share": symptoms.clamp_share,
+                            "grad_norm": grad_norm,
+                            "skipped": int(was_skipped),
+                            "bad_samples": progress["bad_samples"],
+                            "batch_sha256": batch_sha256(seen.ids),
+                        }
+                    )
+                check(recipe, run, line["step"], progress, plan.global_batch)
+
+            # Evaluation
+            figures: dict[str, float] = {}
+            if evaluators and (step % recipe.evaluate.every_steps == 0 or step == total):
+                began = time.monotonic()
+                figures = evaluators.measure(towers, device)
+                stepped = time.monotonic()
+                if tracker:
+                    tracker.log_evaluation(step, figures)
+                    budget.spent(stepped - began, run_seconds=stepped - started, steps=recipe.evaluate.every_steps)
 
             # Checkpoint
-            if step % recipe.checkpoint.every_steps == 0 or step == recipe.train.steps or stop.agreed:
-                if accelerator.is_main_process:
+            if writer:
+                writer.check()
+            if save or stop.agreed:
+                if writer:
+                    known = {"loss": seen.loss} | figures
                     state = {
                         "stream": plan.state(step),
                         "recipe_sha256": hashlib.sha256(recipe.to_yaml().encode()).hexdigest(),
-                        "skipped_in_row": skipped_in_row,
-                        "bad_samples": bad_seen,
+                        "metrics": {name: value if math.isfinite(value) else None for name, value in known.items()},
+                        **progress,
                         "wall_s": wall_before + now - started,
-                        "metrics": {"loss": told.loss if math.isfinite(told.loss) else None},
+                        "symptoms": symptoms.state(),
                     }
-                    checkpoints.save(
-                        run,
-                        checkpoints.Checkpoint(step, towers.state_dict(), optimizer.state_dict(), state),
-                        recipe.checkpoint.keep,
+                    writer.save(
+                        Checkpoint(
+                            step,
+                            towers.state_dict(),
+                            optimizer.state_dict(),
+                            state,
+                            average.state_dict() if average else None,
+                        )
                     )
-                accelerator.wait_for_everyone()
-                stepped = time.monotonic()
-    return "done" if step >= recipe.train.steps else "requeue"
+                saved_at = stepped = time.monotonic()
+    accelerator.wait_for_everyone()  # until the last checkpoint is published
+    return "done" if step >= total else "requeue"
 
 
-class StopRequest:
-    """SIGTERM or SIGINT asks for a stop at the next step; a second SIGINT ends at once."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        self.agreed = False
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._ask)
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.asked = True
+def no_negatives(photo_B: Tensor, token_BL: Tensor, positives: str) -> Tensor | None:
+    """(B, K) int64: pairs that agree in a column are not each other's negatives; None where only a pair matches."""
+    columns = {"pair": (), "image": (photo_B,), "image_and_text": (photo_B, text_key(token_BL))}[positives]
+    return torch.stack(columns, dim=1) if columns else None
 
 
-def start_processes(train: TrainConfig) -> Accelerator:
-    """Join the other ranks, and refuse to run with fewer than were asked for.
+def check(recipe: Recipe, run: Path, step: int, progress: Mapping[str, Any], batch: int) -> None:
+    """Stop a run that has gone wrong.
 
     Raises:
-        RecipeError: a launcher announced more processes than it started, or train.processes differs.
+        TrainingError: too many non-finite steps in a row, or too many unreadable samples.
     """
-    # `accelerate launch --cpu --num_processes N` names a master and then starts one process only.
-    if "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
-        raise config.RecipeError(
-            "the launcher set MASTER_ADDR but started a single process. On CPUs, use `torchrun --nproc-per-node N` "
-            "or `accelerate launch --multi_gpu --num_processes N`; `--cpu` starts only one."
+    if progress["skipped_in_row"] >= recipe.train.max_skipped:
+        raise TrainingError(
+            f"step {step}: the gradient was not finite {progress['skipped_in_row']} times in a row. "
+            f"Resume from the last checkpoint with a lower optim.lr or a longer optim.warmup_steps."
         )
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if train.processes is not None and world != train.processes:
-        raise config.RecipeError(
-            f"train.processes = {train.processes}, but {world} are running. Start them with "
-            f"`torchrun --nproc-per-node {train.processes} -m pipeline train …`, or change the setting."
+    if progress["bad_samples"] > recipe.data.max_bad * max(step * batch, BAD_RATE_FLOOR):
+        raise TrainingError(
+            f"step {step}: {progress['bad_samples']} of {step * batch} samples were unreadable, more than "
+            f"data.max_bad = {recipe.data.max_bad}. {run / 'quarantine.jsonl'} lists them."
         )
-    accelerator = Accelerator(
-        cpu=train.device == "cpu" or not torch.accelerator.is_available(),
-        mixed_precision={"fp32": "no", "bf16": "bf16"}[train.precision],
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
-    )
-    if accelerator.num_processes != world:
-        raise config.RecipeError(f"{world} processes were started, but only {accelerator.num_processes} joined.")
-    if train.threads:
-        torch.set_num_threads(train.threads)
-    torch.use_deterministic_algorithms(train.deterministic)
-    return accelerator
-
-
-def load_saved(run: Path) -> checkpoints.Checkpoint | None:
-    """The newest whole checkpoint of a run, the same one on every rank."""
-    newest: list[checkpoints.Checkpoint] = []
-
-    def step_on_main() -> int:
-        if found := checkpoints.load_newest(run):
-            newest.append(found)
-        return newest[0].step if newest else 0
-
-    step = exchange.from_main(step_on_main)
-    return newest[0] if newest else checkpoints.load(run, step) if step else None
-
-
-def cache_folder(asked: str) -> Path:
-    """Where copies of remote shards are kept, and what is known of those on this machine."""
-    return Path(asked or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "clip-pipeline"))
-
-
-def plan_of(recipe: Recipe, sets: Sequence[TarSet], world: int, state: Mapping[str, Any] | None) -> Plan:
-    """The order of samples. How the data is cut into lanes is settled when a run begins, and stays.
-
-    Args:
-        recipe: with `data` and `train.batch_size`.
-        sets: what `data.datasets` names.
-        world: ranks.
-        state: the stream's, of a run that goes on.
-
-    Raises:
-        RecipeError: no data, or fewer pairs in a batch than ranks.
-        PlanError: settings or data that no plan can have.
-    """
-    batch = recipe.train.batch_size
-    if not sets:
-        raise config.RecipeError("no data: name sharded datasets with --data (DATA=…) or data.datasets.")
-    if batch < world:
-        raise config.RecipeError(f"train.batch_size = {batch} leaves some of {world} ranks without a pair. Raise it.")
-    samples, shards = sum(one.shards.numbers("samples").sum() for one in sets), sum(len(one.shards) for one in sets)
-    lanes, window = layout(samples, shards, batch, world, at_hand=all(one.at_hand for one in sets))
-    if state:
-        lanes, window = state["lanes"], state["window"]
-    return Plan(
-        [
-            Share(one.fingerprint, one.shards.numbers("samples"), asked.weight, asked.path)
-            for one, asked in zip(sets, recipe.data.datasets, strict=True)
-        ],
-        seed=recipe.seed,
-        global_batch=batch,
-        lanes=recipe.data.lanes or lanes,
-        window=recipe.data.window or window,
-        tail=recipe.data.tail,
-    )
-
-
-def bring_first(plan: Plan, store: ShardStore, step: int, bounds: Sequence[int], accelerator: Accelerator) -> None:
-    """See that all shards are there, and let those that this rank's first batch needs arrive.
-
-    Raises:
-        DataError: one is missing or damaged, or the cache is too small for what is read at a time.
-    """
-    rank, first_here = accelerator.process_index, accelerator.process_index - accelerator.local_process_index
-    for one in store.sets:
-        # What is remote and foreign has just been listed.
-        main = accelerator.is_main_process and not (one.remote and one.versions)
-        if main or (accelerator.is_local_main_process and not one.remote):
-            one.check()
-    node = bounds[first_here], bounds[first_here + int(os.environ.get("LOCAL_WORLD_SIZE", "1"))]
-    ahead = store.bytes_of(plan.shards(plan.first_step(1) // 2, *node), remote=True)
-    if ahead > store.cache.limit:
-        raise config.RecipeError(
-            f"data.cache_gb = {store.cache.limit / 1e9:g} is less than the {ahead / 1e9:.1f} GB that this machine's "
-            "ranks read at a time. Raise it, or lower data.window."
-        )
-    began, shards = time.monotonic(), plan.shards(step, bounds[rank], bounds[rank + 1], ahead=0)
-    columns = (TextColumn("shards"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as progress:
-        task = progress.add_task("", total=store.bytes_of(shards, remote=False))
-        store.bring(shards, lambda size: progress.advance(task, size))
-    log.info("%d shards for the first batch are here and verified, after %.1f s", len(shards), time.monotonic() - began)
-
-
-def prepare_folder(recipe: Recipe, run: Path, plan: Plan, world: int, saved: checkpoints.Checkpoint | None) -> None:
-    """Write config.yaml, environment.json and the tokenizer, or check a run that goes on against what it began with.
-
-    Raises:
-        RecipeError: settings or data differ, and `train.accept_changes` does not say that they may.
-    """
-    run.mkdir(parents=True, exist_ok=True)
-    accepted: list[dict[str, Any]] = []
-    if saved:
-        accepted = json.loads((run / "environment.json").read_text(encoding="utf-8")).get("accepted_changes", [])
-        found = config.changes(config.load_file(run / "config.yaml"), recipe) + plan.changes(saved.state["stream"])
-        if found and not recipe.train.accept_changes:
-            raise config.RecipeError(
-                f"{run} was begun with other settings or data ({'; '.join(found)}). Give those again, choose another "
-                "run folder, or accept another run than the one begun with train.accept_changes=true. What may change "
-                f"is {', '.join(config.MAY_CHANGE_ON_RESUME)}."
-            )
-        if found:
-            log.warning("from step %d on this is another run than the one begun: %s", saved.step, "; ".join(found))
-            accepted.append({"step": saved.step, "changes": found})
-        elif plan.step_of(saved.state["stream"]) != saved.step:
-            raise checkpoints.CheckpointError(f"{run}: step {saved.step} and its stream state disagree.")
-    else:
-        tokenizer.store(recipe.tokenizer.kind, Path(recipe.tokenizer.path), run / "tokenizer")
-    checkpoints.write_atomically(run / "config.yaml", recipe.to_yaml())
-    packages = ("torch", "torchvision", "open_clip_torch", "timm", "accelerate", "numpy", "sentencepiece")
-    environment = {
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "packages": {name: importlib.metadata.version(name) for name in packages},
-        "code": code_version(),
-        "world_size": world,
-        "threads": torch.get_num_threads(),
-        "devices": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "datasets": {share.name: share.fingerprint for share in plan.datasets},
-        "data_fingerprint": plan.fingerprint,
-        "samples": plan.samples,
-        "dropped_tail": plan.dropped_tail,
-        "lanes": plan.lanes,
-        "window": plan.window,
-        "accepted_changes": accepted,
-    }
-    checkpoints.write_atomically(run / "environment.json", json.dumps(environment, indent=1))
-
-
-def code_version() -> str | None:
-    """The commit that runs, with `+` where the tree differs from it; None outside a checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--abbrev=40"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def learning_rate(step: int, optim: OptimConfig, total: int) -> float:
-    """The rate of step `step`, counted from 0: linear warm-up, then a cosine to zero or a constant."""
+    """The rate of step `step`, counted from 0: linear warm-up, then as optim.schedule says."""
     if step < optim.warmup_steps:
         return optim.lr * (step + 1) / optim.warmup_steps
-    if optim.schedule == "constant":
-        return optim.lr
-    done = (step - optim.warmup_steps) / max(1, total - optim.warmup_steps)
-    return 0.5 * optim.lr * (1 + math.cos(math.pi * done))
+    if optim.schedule == "cosine":
+        done = (step - optim.warmup_steps) / max(1, total - optim.warmup_steps)
+        return 0.5 * optim.lr * (1 + math.cos(math.pi * done))
+    if optim.schedule == "wsd":  # Hu et al. 2024, "MiniCPM", with a linear decay
+        return optim.lr * min(1.0, (total - step) / max(1.0, optim.decay_share * total))
+    return optim.lr
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:

@@ -55,7 +55,7 @@ def load(run: Path, step: int | None = None, device: torch.device | str = "cpu")
     recipe = config.load_file(run / "config.yaml")
     saved = checkpoints.load(run, available[0] if step is None else step, weights_only=True)
     model_cfg = model.model_cfg(recipe.model.name, recipe.model.config)
-    towers = model.build(model_cfg)
+    towers = model.build(model_cfg, init_bias=recipe.loss.init_bias if recipe.loss.kind == "sigmoid" else None)
     towers.load_state_dict(saved.model)
     tokenize = tokenizer.load(recipe.tokenizer.kind, run / "tokenizer" / tokenizer.MODEL_FILE, model_cfg["text_cfg"])
     return TrainedModel(
@@ -65,11 +65,21 @@ def load(run: Path, step: int | None = None, device: torch.device | str = "cpu")
         model_cfg=model_cfg,
         towers=towers.eval().to(device),
         tokenize=tokenize,
-        preprocess=open_clip.image_transform(
-            model.image_size(towers),
-            is_train=False,
-            mean=towers.visual.image_mean,
-            std=towers.visual.image_std,
-            interpolation=recipe.data.interpolation,
-        ),
+        preprocess=inference_transform(towers, recipe.data.interpolation),
+    )
+
+
+def inference_transform(towers: model.Towers, interpolation: str) -> Callable[[Image.Image], Tensor]:
+    """open_clip's own transform for inference: a PIL image → (3, S, S) float32, as these towers take it.
+
+    Args:
+        towers: they know size, mean and deviation.
+        interpolation: resize filter, `bicubic` or `bilinear`.
+    """
+    return open_clip.image_transform(
+        model.image_size(towers),
+        is_train=False,
+        mean=towers.visual.image_mean,
+        std=towers.visual.image_std,
+        interpolation=interpolation,
     )

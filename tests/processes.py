@@ -43,17 +43,27 @@ def run_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]
     return [result for _, result, _ in sorted(collected, key=lambda item: item[0])]
 
 
-def start_trainer(arguments: Sequence[str], *, rank: int = 0, world: int = 1, port: int = 0) -> BaseProcess:
-    """`python -m pipeline train ARGUMENTS` in a process of its own, as one rank of `world`."""
-    process = CONTEXT.Process(target=_train, args=(list(arguments), rank, world, port, dict(os.environ)))
+def start_trainer(
+    arguments: Sequence[str],
+    *,
+    rank: int = 0,
+    world: int = 1,
+    port: int = 0,
+    before: Callable[[int], None] | None = None,
+) -> BaseProcess:
+    """`python -m pipeline train ARGUMENTS` in a process of its own, as one rank of `world`.
+
+    `before` is called there first, with the rank: it may break something.
+    """
+    process = CONTEXT.Process(target=_train, args=(list(arguments), rank, world, port, dict(os.environ), before))
     process.start()
     return process
 
 
-def train(arguments: Sequence[str], *, world: int = 1) -> int:
+def train(arguments: Sequence[str], *, world: int = 1, before: Callable[[int], None] | None = None) -> int:
     """Train to the end on `world` ranks, and return the first exit code that is not 0."""
     port = free_port()
-    ranks = [start_trainer(arguments, rank=rank, world=world, port=port) for rank in range(world)]
+    ranks = [start_trainer(arguments, rank=rank, world=world, port=port, before=before) for rank in range(world)]
     return max((finish(process) for process in ranks), key=abs)
 
 
@@ -110,7 +120,14 @@ def _in_group(
         raise
 
 
-def _train(arguments: list[str], rank: int, world: int, port: int, variables: dict[str, str]) -> None:
+def _train(
+    arguments: list[str],
+    rank: int,
+    world: int,
+    port: int,
+    variables: dict[str, str],
+    before: Callable[[int], None] | None,
+) -> None:
     os.environ |= variables  # the server that forks has those of its own start
     if world > 1:
         names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port}
@@ -119,4 +136,6 @@ def _train(arguments: list[str], rank: int, world: int, port: int, variables: di
     mp.set_start_method("fork", force=True)
     from pipeline.__main__ import main
 
+    if before:
+        before(rank)
     sys.exit(main(["train", *arguments]))

@@ -63,10 +63,10 @@ class Batch(NamedTuple):
     Its tensors lie in the loader's memory: they are this batch until the next one is asked for.
     """
 
-    image_BCSS: Tensor  # noqa: N815  uint8, channels last
-    token_BL: Tensor  # noqa: N815  int64
-    id_B: Tensor  # noqa: N815  int64, the samples that were used
-    image_B: Tensor  # noqa: N815  int64, equal for samples of one photo
+    image_BCSS: Tensor  # uint8, channels last
+    token_BL: Tensor  # int64
+    id_B: Tensor  # int64, the samples that were used
+    image_B: Tensor  # int64, equal for samples of one photo
     replaced: list[Replaced]
 
 

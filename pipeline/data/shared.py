@@ -41,10 +41,10 @@ def memory(size: int) -> Any:
 class Slot(NamedTuple):
     """One batch, to be written or read in place."""
 
-    image_BCSS: Tensor  # noqa: N815  uint8, channels last
-    token_BL: Tensor  # noqa: N815  int64
-    id_B: Tensor  # noqa: N815  int64
-    image_B: Tensor  # noqa: N815  int64
+    image_BCSS: Tensor  # uint8, channels last
+    token_BL: Tensor  # int64
+    id_B: Tensor  # int64
+    image_B: Tensor  # int64
 
 
 class Ring:

@@ -1,12 +1,13 @@
 """Images and texts → unit-norm embeddings, with open_clip's own preprocessing.
 
-Shapes: N items, D = embedding width.
+Shapes: N items, U distinct texts, D = embedding width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from PIL import Image
@@ -14,7 +15,29 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from pipeline.evaluate.sets import EvaluationError, Item
-from pipeline.trained import TrainedModel
+from pipeline.model import Towers
+from pipeline.tokenizer import Tokenizer
+
+
+class NotFiniteError(EvaluationError):
+    """Embeddings with NaN or infinity: it is the weights that are at fault, not the set."""
+
+
+class Model(Protocol):
+    """What embeds: a TrainedModel, or towers that are still being trained.
+
+    Attributes:
+        towers: in evaluation mode.
+        tokenize: (B,) texts → (B, L) int64.
+        preprocess: a PIL image → (3, S, S) float32.
+    """
+
+    @property
+    def towers(self) -> Towers: ...
+    @property
+    def tokenize(self) -> Tokenizer: ...
+    @property
+    def preprocess(self) -> Callable[[Image.Image], Tensor]: ...
 
 
 @dataclass(frozen=True)
@@ -31,30 +54,48 @@ class Preprocessed(Dataset[Tensor]):
         return self.preprocess(self.items[index].open())
 
 
-@torch.inference_mode()
-def embed_images(trained: TrainedModel, items: Sequence[Item], *, batch_size: int, workers: int) -> Tensor:
-    """(N, D) float32 on the CPU, unit-norm rows in the order of `items`."""
-    loader = DataLoader(Preprocessed(items, trained.preprocess), batch_size=batch_size, num_workers=workers)
-    device = next(trained.towers.parameters()).device
-    batches = [trained.towers.encode_image(image.to(device), normalize=True).float().cpu() for image in loader]
+# Without gradients, but not in inference mode: what towers keep from call to call must still serve training.
+@torch.no_grad()
+def embed_images(model: Model, items: Sequence[Item], *, batch_size: int, workers: int) -> Tensor:
+    """(N, D) float32 on the CPU, unit-norm rows in the order of `items`; torch's random state stays as it is."""
+    loader = DataLoader(
+        Preprocessed(items, model.preprocess),
+        batch_size=batch_size,
+        num_workers=workers,
+        generator=torch.Generator(),  # else it takes a seed for its workers from torch's own
+    )
+    parameter = next(model.towers.parameters())
+    batches = [
+        model.towers.encode_image(image.to(parameter.device, parameter.dtype), normalize=True).float().cpu()
+        for image in loader
+    ]
     return _finite(torch.cat(batches), "image")
 
 
-@torch.inference_mode()
-def embed_texts(trained: TrainedModel, texts: Sequence[str], *, batch_size: int) -> Tensor:
+@torch.no_grad()
+def embed_texts(model: Model, texts: Sequence[str], *, batch_size: int) -> Tensor:
     """(N, D) float32 on the CPU, unit-norm rows in the order of `texts`; equal texts have equal rows."""
-    # A text is embedded once: its place in a batch would change the last bits, and ties would depend on them.
-    unique = list(dict.fromkeys(texts))
-    place = {text: number for number, text in enumerate(unique)}
-    device = next(trained.towers.parameters()).device
+    unique = distinct(texts)
+    device = next(model.towers.parameters()).device
     batches = (unique[begin : begin + batch_size] for begin in range(0, len(unique), batch_size))
-    tokens = (trained.tokenize(batch).to(device) for batch in batches)
-    features = [trained.towers.encode_text(token, normalize=True).float().cpu() for token in tokens]
-    return _finite(torch.cat(features), "text")[[place[text] for text in texts]]
+    tokens = (model.tokenize(batch).to(device) for batch in batches)
+    features = [model.towers.encode_text(token, normalize=True).float().cpu() for token in tokens]
+    return rows(unique, _finite(torch.cat(features), "text"))(texts)
+
+
+def distinct(texts: Sequence[str]) -> list[str]:
+    """Each text once, in order: its place in a batch would change the last bits, and ties would depend on them."""
+    return list(dict.fromkeys(texts))
+
+
+def rows(unique: Sequence[str], text_UD: Tensor) -> Callable[[Sequence[str]], Tensor]:
+    """Texts → their rows of `text_UD`."""
+    place = {text: number for number, text in enumerate(unique)}
+    return lambda texts: text_UD[[place[text] for text in texts]]
 
 
 def _finite(feature_ND: Tensor, tower: str) -> Tensor:
     # Comparisons with NaN are false, which would rank everything first.
     if not feature_ND.isfinite().all():
-        raise EvaluationError(f"the {tower} tower gives embeddings that are not finite; an earlier step may be sound.")
+        raise NotFiniteError(f"the {tower} tower gives embeddings that are not finite; an earlier step may be sound.")
     return feature_ND

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 
@@ -20,13 +22,18 @@ class Result:
     Attributes:
         task: as CLIP_benchmark calls it.
         metrics: fractions, 0 to 1.
-        intervals: 95 % bootstrap interval of each metric.
+        resampled: how the interval of each metric is found.
         chance: what a model whose embeddings are all equal scores.
         classes: top-1 accuracy by label, in classification.
     """
 
     task: str
     metrics: dict[str, float]
-    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
+    resampled: Mapping[str, Callable[[], tuple[float, float]]] = field(default_factory=dict)
     chance: dict[str, float] = field(default_factory=dict)
     classes: tuple[ClassAccuracy, ...] = ()
+
+    @functools.cached_property
+    def intervals(self) -> dict[str, tuple[float, float]]:
+        """95 % bootstrap interval of each metric; found when asked for, since it takes longer than the metrics."""
+        return {name: resample() for name, resample in self.resampled.items()}

@@ -9,6 +9,7 @@ takes an image, and any of its captions among the first K is a hit.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -36,19 +37,19 @@ def measure(image_ND: Tensor, text_MD: Tensor, owners: Sequence[int]) -> Result:
     to_images = standing(text_MD, image_ND, owner_M, image_N)
     to_texts = standing(image_ND, text_MD, image_N, owner_M)
     none_N = torch.zeros_like(captions_N)
-    metrics, intervals, chance = {}, {}, {}
+    metrics, resampled, chance = {}, {}, {}
     for k in CUTOFFS:
         name = f"image_retrieval_recall@{k}"
         found_M = hit_share(*to_images, k)
         found_N = torch.zeros(len(image_ND), dtype=torch.float64).index_add(0, owner_M, found_M)
-        metrics[name], intervals[name] = float(found_M.mean()), interval(found_N, captions_N)
+        metrics[name], resampled[name] = float(found_M.mean()), partial(interval, found_N, captions_N)
         chance[name] = min(1.0, k / len(image_ND))
     for k in CUTOFFS:
         name = f"text_retrieval_recall@{k}"
         found_N = hit_share(*to_texts, k)
-        metrics[name], intervals[name] = float(found_N.mean()), interval(found_N)
+        metrics[name], resampled[name] = float(found_N.mean()), partial(interval, found_N)
         chance[name] = float(hit_share(none_N, captions_N, len(text_MD) - captions_N, k).mean())
-    return Result(TASK, metrics, intervals, chance)
+    return Result(TASK, metrics, resampled, chance)
 
 
 def standing(
@@ -58,8 +59,9 @@ def standing(
 
     Returns:
         (Q,) wrong keys above it, (Q,) right keys that score the same, itself included, (Q,) wrong keys that do.
-        O(Q + B · K) memory.
+        All on the CPU; O(Q + B · K) memory where the features are.
     """
+    query_owner_Q, key_owner_K = query_owner_Q.to(query_QD.device), key_owner_K.to(query_QD.device)
     blocks = []
     for query_BD, owner_B in zip(query_QD.split(BLOCK), query_owner_Q.split(BLOCK), strict=True):
         score_BK = scores(query_BD, key_KD)
@@ -69,4 +71,4 @@ def standing(
         above_B = (score_BK > best_B1).sum(dim=1)
         blocks.append((above_B, (tied_BK & right_BK).sum(dim=1), (tied_BK & ~right_BK).sum(dim=1)))
     above, right, wrong = zip(*blocks, strict=True)
-    return torch.cat(above), torch.cat(right), torch.cat(wrong)
+    return torch.cat(above).cpu(), torch.cat(right).cpu(), torch.cat(wrong).cpu()

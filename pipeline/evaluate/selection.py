@@ -7,6 +7,7 @@ won by the words alone. Shapes: N images, M captions, C captions of one image, D
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ def measure(image_ND: Tensor, text_MD: Tensor, captions_N: Sequence[int]) -> Res
         text_MD: unit-norm; each image's captions in a row, the right one first.
         captions_N: captions of each image.
     """
+    image_ND, text_MD = image_ND.cpu(), text_MD.cpu()  # a few numbers an image: the moving would take longer
     count_N = torch.as_tensor(captions_N)
     above, tied = [], []
     for image_D, text_CD in zip(image_ND, text_MD.split(list(captions_N)), strict=True):
@@ -36,4 +38,4 @@ def measure(image_ND: Tensor, text_MD: Tensor, captions_N: Sequence[int]) -> Res
         tied.append(int((score_C == score_C[0]).sum()) - 1)
     hit_N = hit_share(torch.tensor(above), torch.ones_like(count_N), torch.tensor(tied), 1)
     chance = float((1 / count_N.double()).mean())
-    return Result(TASK, {"acc": float(hit_N.mean())}, {"acc": interval(hit_N)}, {"acc": chance})
+    return Result(TASK, {"acc": float(hit_N.mean())}, {"acc": partial(interval, hit_N)}, {"acc": chance})

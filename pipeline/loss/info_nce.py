@@ -1,10 +1,20 @@
 """InfoNCE over all ranks' pairs, exact, without the N × N matrix of logits.
 
-Shapes: B = pairs on this rank, N = pairs on all ranks, D = embedding width, T = columns of a tile.
+Shapes: B = pairs on this rank, N = pairs on all ranks, D = embedding width, K = kinds of keys.
 
-With logits s_ij = scale · image_i · text_j, row and column log-sum-exps r_i and c_j, the loss is
-Σ_i (r_i + c_i - 2 s_ii) / 2N, and its gradient by s_ij is (exp(s_ij - r_i) + exp(s_ij - c_j) - 2 δ_ij) / 2N. So the
-forward pass keeps the 2N log-sum-exps only, and the backward pass makes each tile of logits again.
+With logits s_ij = scale · image_i · text_j, let n_i and m_j be the log-sum-exps of row i and column j over negatives
+alone. The pair's loss is softplus(n_i - s_ii) + softplus(m_i - s_ii), which loses no digits where the pair outweighs
+its negatives, and its gradients are
+
+    by s_ii   -σ(n_i - s_ii) - σ(m_i - s_ii)
+    by s_ij   exp(s_ij - r_i) + exp(s_ij - c_j),   r_i = n_i + softplus(s_ii - n_i) and c_j likewise,
+
+all over 2N. So the forward pass keeps 2N numbers, and the backward pass makes each tile of logits again. On one rank
+that is four products of matrices (autograd takes six). On several, each rank makes its rows' tiles for its images and
+its columns' again for its texts: five, and only features travel, once. To sum partial gradients of all texts by a
+reduce-scatter would spare the fifth product and send twice as much with gloo (a half more on a ring): measured on two
+ranks of one machine, that is 18 % faster, its wire being memory; between machines, the wire is what is short.
+(`python -m tests.benchmarks.loss` measures both.)
 """
 
 from __future__ import annotations
@@ -17,11 +27,20 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from pipeline.loss.tiles import Pairs, gather, multiply, pairs, under_bfloat16, world_size
+
 
 def info_nce(
-    image_BD: Tensor, text_BD: Tensor, scale: Tensor, *, sizes: Sequence[int] | None = None, tile: int = 1024
+    image_BD: Tensor,
+    text_BD: Tensor,
+    scale: Tensor,
+    *,
+    key_BK: Tensor | None = None,
+    decoupled: bool = False,
+    sizes: Sequence[int] | None = None,
+    tile: int | None = None,
 ) -> Tensor:
-    """Symmetric InfoNCE over all ranks' pairs, in O(N · D + B · tile) memory (Radford et al. 2021, fig. 3).
+    """Symmetric InfoNCE over all ranks' pairs, in O(N · D + tile²) memory (Radford et al. 2021, fig. 3).
 
     B = pairs on this rank, N = the sum of B over ranks, D = embedding width.
 
@@ -29,77 +48,109 @@ def info_nce(
         image_BD: unit-norm; row i pairs with row i of text_BD.
         text_BD: unit-norm.
         scale: () exp(logit_scale), already clamped.
+        key_BK: int64; pairs that agree in any of the K columns (the same photo, the same text) are left out of each
+            other's denominators, since they are no negatives.
+        decoupled: leave the pair itself out of its denominators too (Yeh et al. 2022, "Decoupled contrastive
+            learning", eq. 6); a pair without a negative then counts nothing.
         sizes: B of every rank; None where all are alike.
-        tile: columns of logits in memory at a time.
+        tile: rows and columns of logits in memory at a time; None for this device's default.
 
     Returns:
-        () this rank's rows and columns summed over 2N, float32 or wider; the ranks' sum is log N where all rows are
-        equal. Its gradient by this rank's features is the whole loss's, so that gradients of parameters (scale's
-        too) must be summed over ranks, not averaged.
+        () this rank's pairs summed over 2N, float32 or wider; the ranks' sum is log N where all rows are equal. Its
+        gradient by this rank's features is the whole loss's, so that gradients of parameters (scale's too) must be
+        summed over ranks, not averaged.
+
+    Under autocast to bfloat16, products are made of bfloat16 numbers and summed in float32; all else is float32.
 
     Collective: every rank calls it, forward and backward; B may differ by rank.
     """
     wide = torch.promote_types(torch.promote_types(image_BD.dtype, scale.dtype), torch.float32)
+    low = under_bfloat16(image_BD.device)
     with torch.autocast(image_BD.device.type, enabled=False):
-        return _InfoNCE.apply(image_BD.to(wide), text_BD.to(wide), scale.to(wide), sizes, tile)
+        features = image_BD.to(wide), text_BD.to(wide), scale.to(wide)
+        return _InfoNCE.apply(*features, low, key_BK, decoupled, sizes, tile)
 
 
 class _InfoNCE(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, image_BD: Tensor, text_BD: Tensor, scale: Tensor, sizes: Sequence[int] | None, tile: int
+        ctx: Any,
+        image_BD: Tensor,
+        text_BD: Tensor,
+        scale: Tensor,
+        low: bool,
+        key_BK: Tensor | None,
+        decoupled: bool,
+        sizes: Sequence[int] | None,
+        tile: int | None,
     ) -> Tensor:
-        image_ND, text_ND = _gather(image_BD, sizes), _gather(text_BD, sizes)
-        row_B = _log_sum_exp(image_BD, text_ND, scale, tile)
-        column_B = _log_sum_exp(text_BD, image_ND, scale, tile)
+        every = pairs(image_BD, text_BD, low, key_BK, sizes, tile)
+        own = slice(every.first, every.first + len(image_BD))
+        negative_B, negative_N = _log_sum_exps(every, scale)
         pair_B = scale * (image_BD * text_BD).sum(dim=1)
-        ctx.save_for_backward(image_BD, text_BD, scale, image_ND, text_ND, row_B, column_B)
-        ctx.sizes, ctx.tile = sizes, tile
-        return (row_B + column_B - 2 * pair_B).sum() / (2 * len(image_ND))
+        row_loss_B, row_slope_B, row_B = _terms(negative_B, pair_B, decoupled)
+        column_loss_B, column_slope_B, column_B = _terms(negative_N[own], pair_B, decoupled)
+        slope_B = row_slope_B + column_slope_B
+        ctx.save_for_backward(image_BD, text_BD, scale, slope_B, row_B, column_B, *every.tensors)
+        ctx.place, ctx.sizes = (every.first, every.tile), sizes
+        return (row_loss_B + column_loss_B).sum() / (2 * len(every.text_ND))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        image_BD, text_BD, scale, image_ND, text_ND, row_B, column_B = ctx.saved_tensors
-        row_N, column_N = _gather(row_B, ctx.sizes), _gather(column_B, ctx.sizes)
-        weight = grad / (2 * len(image_ND))
-        image_grad_BD, cosine = _attract(image_BD, text_ND, scale, row_B, column_N, ctx.tile)
-        text_grad_BD, _ = _attract(text_BD, image_ND, scale, column_B, row_N, ctx.tile)
-        image_grad_BD = weight * scale * (image_grad_BD - 2 * text_BD)
-        text_grad_BD = weight * scale * (text_grad_BD - 2 * image_BD)
-        scale_grad = weight * (cosine - 2 * (image_BD * text_BD).sum())
-        return image_grad_BD, text_grad_BD, scale_grad, None, None
+        image_BD, text_BD, scale, slope_B, row_B, column_B, *tensors = ctx.saved_tensors
+        every = Pairs(*tensors, *ctx.place)
+        row_N, column_N = gather(row_B, ctx.sizes), gather(column_B, ctx.sizes)
+        weight = grad / (2 * len(row_N))
+        pull_image_BD, pull_text_BD = torch.zeros_like(image_BD), torch.zeros_like(text_BD)
+        one_rank = world_size() == 1
+        for rows, columns, logit_RC in every.tiles(scale):
+            weight_RC = _weights(logit_RC, row_B[rows], column_N[columns])
+            pull_image_BD[rows] += multiply(weight_RC, every.text_ND[columns])
+            if one_rank:
+                pull_text_BD[columns] += multiply(weight_RC.T, every.image_ND[rows])
+        if not one_rank:
+            for rows, columns, logit_RC in every.tiles(scale, of_texts=True):
+                weight_RC = _weights(logit_RC, column_B[rows], row_N[columns])
+                pull_text_BD[rows] += multiply(weight_RC, every.image_ND[columns])
+        pull_image_BD -= slope_B[:, None] * text_BD
+        pull_text_BD -= slope_B[:, None] * image_BD
+        scale_grad = weight * (image_BD * pull_image_BD).sum()
+        return (weight * scale) * pull_image_BD, (weight * scale) * pull_text_BD, scale_grad, *[None] * 5
 
 
-def _log_sum_exp(query_BD: Tensor, key_ND: Tensor, scale: Tensor, tile: int) -> Tensor:
-    """(B,) log Σ_j exp(scale · query_i · key_j), a tile of keys at a time."""
-    total_B = query_BD.new_full((len(query_BD),), -torch.inf)
-    for key_TD in key_ND.split(tile):
-        total_B = torch.logaddexp(total_B, (scale * (query_BD @ key_TD.T)).logsumexp(dim=1))
-    return total_B
+def _log_sum_exps(every: Pairs, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """(B,) of this rank's rows and (N,) of all columns: log Σ exp over negatives, the lowest number where none is."""
+    row_B = every.image_BD.new_full((len(every.image_BD),), -torch.inf, dtype=scale.dtype)
+    column_N = row_B.new_full((len(every.text_ND),), -torch.inf)
+    for rows, columns, logit_RC in every.tiles(scale):
+        row_B[rows] = torch.logaddexp(row_B[rows], logit_RC.logsumexp(dim=1))
+        column_N[columns] = torch.logaddexp(column_N[columns], logit_RC.logsumexp(dim=0))
+    lowest = torch.finfo(scale.dtype).min
+    row_B, column_N = row_B.clamp_(min=lowest), column_N.clamp_(min=lowest)  # -∞ minus -∞ would be NaN
+    if world_size() > 1:
+        own_N, highest_N = column_N, column_N.clone()
+        dist.all_reduce(highest_N, dist.ReduceOp.MAX)
+        total_N = (own_N - highest_N).exp()
+        dist.all_reduce(total_N)
+        column_N = highest_N + total_N.log()
+    return row_B, column_N
 
 
-def _attract(
-    query_BD: Tensor, key_ND: Tensor, scale: Tensor, own_B: Tensor, other_N: Tensor, tile: int
-) -> tuple[Tensor, Tensor]:
-    """Σ_j w_ij key_j and Σ_ij w_ij query_i · key_j, with w_ij = exp(s_ij - own_i) + exp(s_ij - other_j)."""
-    pull_BD, cosine = torch.zeros_like(query_BD), query_BD.new_zeros(())
-    for key_TD, other_T in zip(key_ND.split(tile), other_N.split(tile), strict=True):
-        cosine_BT = query_BD @ key_TD.T
-        logit_BT = scale * cosine_BT
-        weight_BT = (logit_BT - own_B[:, None]).exp() + (logit_BT - other_T).exp()
-        pull_BD += weight_BT @ key_TD
-        cosine += (weight_BT * cosine_BT).sum()
-    return pull_BD, cosine
+def _terms(negative_B: Tensor, pair_B: Tensor, decoupled: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(losses, their slopes by the negatives' log-sum-exp, logarithms of the denominators) of rows, or of columns."""
+    margin_B = negative_B - pair_B
+    if decoupled:
+        some_B = negative_B > torch.finfo(negative_B.dtype).min
+        return torch.where(some_B, margin_B, 0), some_B.to(margin_B.dtype), negative_B
+    return (
+        torch.logaddexp(margin_B, torch.zeros_like(margin_B)),
+        margin_B.sigmoid(),
+        torch.logaddexp(negative_B, pair_B),
+    )
 
 
-def _gather(own: Tensor, sizes: Sequence[int] | None) -> Tensor:
-    """All ranks' rows, in rank order; ranks with fewer rows are padded on the way, as collectives want equal shapes."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return own
-    sizes = sizes or [len(own)] * dist.get_world_size()
-    padded = own.new_zeros(max(sizes), *own.shape[1:])
-    padded[: len(own)] = own
-    gathered = [torch.empty_like(padded) for _ in sizes]
-    dist.all_gather(gathered, padded)
-    return torch.cat([rows[:size] for rows, size in zip(gathered, sizes, strict=True)])
+def _weights(logit_RC: Tensor, own_R: Tensor, other_C: Tensor) -> Tensor:
+    """exp(s - own) + exp(s - other): a tile's logits become the loss's gradient by them, but for the pairs' own."""
+    weight_RC = (logit_RC - own_R[:, None]).exp_()
+    return weight_RC.add_(logit_RC.sub_(other_C).exp_())

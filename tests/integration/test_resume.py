@@ -69,7 +69,7 @@ def test_a_stop_request_saves_and_asks_to_be_run_again(straight, command, number
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_number_of_loader_processes_may_change(straight, command, workers):
     arguments, run = command
-    kill_at_step(arguments, run, 5)
+    kill_at_step(arguments, run, 9)  # the checkpoint of step 4 is whole before that of step 8 is begun
     assert train([*arguments, f"data.workers={workers}"]) == 0
     assert history(run) == history(straight)
 
@@ -100,7 +100,7 @@ def test_other_settings_or_data_are_refused(command, dataset, tmp_path):
         assert verdict["status"] == "failed"
         return verdict["reason"]
 
-    kill_at_step(arguments, run, 5)
+    kill_at_step(arguments, run, 9)  # the checkpoint of step 4 is whole before that of step 8 is begun
     assert "seed: 3 -> 4" in refusal("seed=4")
     other = tmp_path / "other"
     shutil.copytree(dataset, other)

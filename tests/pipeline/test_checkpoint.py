@@ -10,31 +10,62 @@ import torch
 from pipeline import checkpoint as checkpoints
 from pipeline.checkpoint import Checkpoint, CheckpointError
 
+FILES = ("model.safetensors", "optimizer.pt", "ema.safetensors", "state.json", "CHECKSUMS.json")
 
-def make(step: int) -> Checkpoint:
-    weight = torch.nn.Parameter(torch.full((3, 2), float(step)))
+
+def make(
+    step: int, metrics: dict[str, float | None] | None = None, *, size: int = 3, average: bool = True
+) -> Checkpoint:
+    """A checkpoint whose weights, their average and the optimizer's state tell its step."""
+    weight = torch.nn.Parameter(torch.full((size, 2), float(step)))
     optimizer = torch.optim.AdamW([weight])
-    weight.sum().backward()
+    weight.grad = torch.full_like(weight, float(step))
     optimizer.step()
-    return Checkpoint(step, {"weight": weight}, optimizer.state_dict(), {"stream": {"epoch": 1}})
+    with torch.no_grad():
+        weight.fill_(step)
+    mean = {"weight": torch.full((size, 2), step / 2)} if average else None
+    state = {"stream": {"epoch": 1}, "metrics": metrics or {}}
+    return Checkpoint(step, {"weight": weight}, optimizer.state_dict(), state, mean)
+
+
+def assert_same(one: Checkpoint, other: Checkpoint) -> None:
+    """Equal to the bit."""
+    assert one.step == other.step
+    assert torch.equal(one.model["weight"], other.model["weight"])
+    assert torch.equal(one.average["weight"], other.average["weight"])
+    for name in ("step", "exp_avg", "exp_avg_sq"):
+        assert torch.equal(one.optimizer["state"][0][name], other.optimizer["state"][0][name])
+    assert one.optimizer["param_groups"] == other.optimizer["param_groups"]
+    assert other.state == {"step": other.step, **one.state}
 
 
 def test_what_is_saved_is_loaded(tmp_path):
     saved = make(5)
     folder = checkpoints.save(tmp_path, saved, keep=2)
     loaded = checkpoints.load_newest(tmp_path)
-    assert loaded.step == 5
-    assert torch.equal(loaded.model["weight"], saved.model["weight"])
-    torch.testing.assert_close(loaded.optimizer["state"][0]["exp_avg"], saved.optimizer["state"][0]["exp_avg"])
-    assert loaded.state["stream"] == {"epoch": 1}
+    assert_same(saved, loaded)
     assert (tmp_path / "checkpoints" / "LATEST").read_text() == folder.name == "step-00000005"
+
+
+def test_the_average_may_be_loaded_in_place_of_the_weights(tmp_path):
+    checkpoints.save(tmp_path, make(4), keep=2)
+    weights = checkpoints.load(tmp_path, 4, weights_only=True)
+    assert (float(weights.model["weight"][0, 0]), weights.optimizer, weights.average) == (4.0, {}, None)
+    assert float(checkpoints.load(tmp_path, 4, weights_only=True, average=True).model["weight"][0, 0]) == 2.0
+
+
+def test_an_average_that_was_not_kept_is_refused(tmp_path):
+    checkpoints.save(tmp_path, make(4, average=False), keep=2)
+    assert checkpoints.load(tmp_path, 4).average is None
+    with pytest.raises(CheckpointError, match=r"optim\.ema was off"):
+        checkpoints.load(tmp_path, 4, average=True)
 
 
 def test_an_empty_run_has_none(tmp_path):
     assert checkpoints.load_newest(tmp_path) is None
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "state.json", "CHECKSUMS.json"])
+@pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("damage", ["flip", "cut", "missing"])
 def test_a_damaged_newest_falls_back_to_the_one_before(tmp_path, caplog, name, damage):
     checkpoints.save(tmp_path, make(1), keep=3)
@@ -48,6 +79,15 @@ def test_a_damaged_newest_falls_back_to_the_one_before(tmp_path, caplog, name, d
     assert checkpoints.load_newest(tmp_path).step == 1
     if not (name == "CHECKSUMS.json" and damage == "missing"):  # then it never was a checkpoint
         assert "step-00000002" in caplog.text
+
+
+@pytest.mark.parametrize("listed", ["{}", "[]", "null", '{"state.json": "0"}', '{"../LATEST": "0"}'])
+def test_checksums_that_do_not_list_the_files_are_damaged(tmp_path, listed):
+    """An empty table has nothing in it that could fail."""
+    folder = checkpoints.save(tmp_path, make(1), keep=2)
+    (folder / "CHECKSUMS.json").write_text(listed)
+    with pytest.raises(CheckpointError):
+        checkpoints.load(tmp_path, 1)
 
 
 def test_all_damaged_is_an_error_not_a_fresh_start(tmp_path):
@@ -73,21 +113,58 @@ def test_the_newest_are_kept_and_never_fewer_than_two(tmp_path):
     assert sorted(path.name for path in (tmp_path / "checkpoints").glob("step-*")) == ["step-00000004", "step-00000005"]
 
 
-@pytest.mark.parametrize("failing", ["model.safetensors", "optimizer.pt", "state.json", "CHECKSUMS.json"])
+def test_a_damaged_one_does_not_count_among_those_kept(tmp_path, caplog):
+    """Two that can be loaded stay, else one more fault would end the run."""
+    for step in (1, 2, 3):
+        folder = checkpoints.save(tmp_path, make(step), keep=3)
+    (folder / "optimizer.pt").write_bytes(b"")
+    checkpoints.save(tmp_path, make(4), keep=2)
+    assert checkpoints.steps(tmp_path) == [4, 3, 2]
+    assert "step-00000003" in caplog.text
+    checkpoints.save(tmp_path, make(5), keep=2)
+    assert checkpoints.steps(tmp_path) == [5, 4]
+
+
+def test_what_killed_runs_left_is_cleared_away(tmp_path):
+    partial = tmp_path / "checkpoints" / "step-00000009"
+    partial.mkdir(parents=True)
+    (partial / "optimizer.pt").write_bytes(b"half")
+    other = tmp_path / "checkpoints" / "step-of-mine"
+    other.mkdir()
+    checkpoints.save(tmp_path, make(1), keep=2)
+    assert not partial.exists()
+    assert other.exists()
+
+
+def test_what_cannot_be_removed_does_not_end_the_run(tmp_path, monkeypatch, caplog):
+    for step in (1, 2):
+        checkpoints.save(tmp_path, make(step), keep=2)
+
+    def busy(path):
+        raise OSError(16, "Device or resource busy")
+
+    monkeypatch.setattr(checkpoints.shutil, "rmtree", busy)
+    checkpoints.save(tmp_path, make(3), keep=2)
+    assert checkpoints.steps(tmp_path) == [3, 2]
+    assert "step-00000001: the old checkpoint cannot be removed" in caplog.text
+
+
+@pytest.mark.parametrize("failing", FILES)
 def test_a_full_disk_leaves_the_former_checkpoint(tmp_path, monkeypatch, failing):
     checkpoints.save(tmp_path, make(1), keep=2)
-    real = checkpoints._sync
+    real = checkpoints.sync
 
     def sync(path):
         if path.name.startswith(failing) and "step-00000002" in str(path):
             raise OSError(28, "No space left on device")
         real(path)
 
-    monkeypatch.setattr(checkpoints, "_sync", sync)
+    monkeypatch.setattr(checkpoints, "sync", sync)
     with pytest.raises(OSError, match="No space left"):
         checkpoints.save(tmp_path, make(2), keep=2)
     assert checkpoints.load_newest(tmp_path).step == 1
     assert (tmp_path / "checkpoints" / "LATEST").read_text() == "step-00000001"
+    assert not (tmp_path / "checkpoints" / "step-00000002").exists()  # it would take room
 
 
 class Touch:
@@ -103,7 +180,7 @@ class Touch:
 def test_a_malicious_pickle_is_not_executed(tmp_path):
     folder = checkpoints.save(tmp_path, make(1), keep=2)
     (folder / "optimizer.pt").write_bytes(pickle.dumps(Touch(tmp_path / "pwned")))
-    sums = {name: checkpoints._sha256(folder / name) for name in ("model.safetensors", "optimizer.pt", "state.json")}
+    sums = {name: checkpoints.sha256(folder / name) for name in FILES[:-1]}
     checkpoints.write_atomically(folder / "CHECKSUMS.json", str(sums).replace("'", '"'))
     with pytest.raises(CheckpointError, match="none of 1"):
         checkpoints.load_newest(tmp_path)

@@ -1,0 +1,202 @@
+"""Checkpoints written while training goes on: copied from the trainer's memory at once, published by a thread."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from pipeline import checkpoint as checkpoints
+from pipeline.checkpoint import BEST, MALFORMED, STATE, Checkpoint, folder_name
+from pipeline.checkpoint_copy import Copier
+from pipeline.checkpoint_copy import fetch_copy as fetch_copy
+from pipeline.failure import TrainingError
+
+log = logging.getLogger(__name__)
+
+
+class Writer:
+    """Saves a run's checkpoints in the background. One for a run: on its main rank.
+
+    A save that fails (a full disk, say) leaves LATEST and the former checkpoints as they were, and raises at the next
+    `save`, `check` or `wait`, or when the context ends.
+
+    Args:
+        run: the run folder.
+        keep: that many of the newest whole checkpoints stay, at least two.
+        keep_best: the one with the highest value of this figure stays too, and BEST names it. It is looked for in
+            state["metrics"] and, as SET/METRIC, in RUN/eval/STEP/SET.json, which may come later.
+        copy_to: folder or address of this run alone that gets a copy of each; empty for none. A copy that fails is
+            warned of, and tried again with the next.
+
+    Raises:
+        DataError: `copy_to` is an address that nothing here writes to.
+    """
+
+    def __init__(self, run: Path, *, keep: int = 3, keep_best: str = "", copy_to: str = "") -> None:
+        self._run, self._keep, self._keep_best = run, keep, keep_best
+        self._copier = Copier(run, copy_to, keep) if copy_to else None
+        self._memory = HostMemory()
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future[None] | None = None
+        self._whole: dict[int, bool] = {}
+        self._said = False
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Take a copy of a checkpoint, once the one before is written, and write it in the background.
+
+        The tensors may change as soon as this returns.
+
+        Raises:
+            TrainingError: the one before could not be written.
+        """
+        self.wait()
+        taken = self._memory.take(checkpoint)
+        self._writing = self._thread.submit(self._write, taken)
+
+    def check(self) -> None:
+        """Raise what a save that has ended failed with; nothing is waited for.
+
+        Raises:
+            TrainingError: the checkpoint could not be written.
+        """
+        if self._writing and self._writing.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait until what was given is published. (Its copy may still be on its way.)
+
+        Raises:
+            TrainingError: it could not be written.
+        """
+        try:
+            if self._writing:
+                self._writing.result()
+        except TrainingError:
+            self._writing = None  # it is told once
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.wait()
+        except TrainingError as failure:
+            if error is None:
+                raise
+            log.error("%s", failure)  # what ended the run is being raised
+        finally:
+            self._thread.shutdown()
+            if self._copier:
+                self._copier.close()
+
+    def _write(self, checkpoint: Checkpoint) -> None:
+        run = self._run
+        try:
+            checkpoints.publish(run, checkpoint)
+            self._whole[checkpoint.step] = True
+            best = self._point_to_best() if self._keep_best else None
+        except OSError as error:
+            left = checkpoints.steps(run)
+            raise TrainingError(
+                f"{run / 'checkpoints'}: step {checkpoint.step} could not be saved ({type(error).__name__}: {error}). "
+                f"Make room or mend the disk; the same command goes on from step {left[0] if left else 0}."
+            ) from error
+        spare = {best, self._copier.copying if self._copier else None}
+        checkpoints.purge(run, self._keep, known=self._whole, spare=spare)
+        if self._copier:
+            present = [step for step in checkpoints.steps(run) if self._whole.get(step)]
+            self._copier.copy(present, best)
+
+    def _point_to_best(self) -> int | None:
+        """Make BEST name the whole checkpoint with the highest figure, and return its step."""
+        run, root = self._run, self._run / "checkpoints"
+        best = next(
+            (step for step in ranked(run, self._keep_best) if checkpoints.is_whole(run, step, self._whole)), None
+        )
+        if best is not None:
+            checkpoints.write_atomically(root / BEST, folder_name(best))
+        elif not self._said:
+            known = sorted({name for step in checkpoints.steps(run) for name in figures(run, step) if "/" in name})
+            self._said = bool(known)
+            if known:
+                log.warning(
+                    "checkpoint.keep_best=%s: no checkpoint has that figure yet; found %s.", self._keep_best, known
+                )
+        return best
+
+
+class HostMemory:
+    """Copies of tensors in this machine's memory, which is taken once and used again from save to save."""
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[Any, ...], Tensor] = {}
+        self._former: dict[tuple[Any, ...], Tensor] = {}
+
+    def take(self, checkpoint: Checkpoint) -> Checkpoint:
+        """The checkpoint as it is now, valid until the next call."""
+        self._held, self._former = {}, self._held
+        taken = Checkpoint(
+            step=checkpoint.step,
+            model=self._copy(checkpoint.model, ("model",)),
+            optimizer=self._copy(checkpoint.optimizer, ("optimizer",)),
+            state=json.loads(json.dumps(checkpoint.state)),
+            average=None if checkpoint.average is None else self._copy(checkpoint.average, ("average",)),
+        )
+        self._former = {}
+        # Copies from a device are on their way, in the order of its work; one wait for them all.
+        if any(tensor.is_pinned() for tensor in self._held.values()):
+            torch.cuda.current_stream().synchronize()
+        return taken
+
+    def _copy(self, value: Any, place: tuple[Any, ...]) -> Any:
+        if isinstance(value, Tensor):
+            return self._copy_tensor(value.detach(), place)
+        if isinstance(value, Mapping):
+            return {name: self._copy(item, (*place, name)) for name, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return type(value)(self._copy(item, (*place, number)) for number, item in enumerate(value))
+        return value
+
+    def _copy_tensor(self, tensor: Tensor, place: tuple[Any, ...]) -> Tensor:
+        # As it lies in memory: an optimizer's state must lie as its parameter does, or fused kernels refuse it.
+        cuda = tensor.device.type == "cuda"
+        held = self._former.get(place)
+        if held is None or (held.shape, held.dtype, held.is_pinned()) != (tensor.shape, tensor.dtype, cuda):
+            held = torch.empty_like(tensor, device="cpu", pin_memory=cuda)
+        self._held[place] = held
+        return held.copy_(tensor, non_blocking=cuda)
+
+
+def ranked(run: Path, figure: str) -> list[int]:
+    """The steps of the complete checkpoints that have a figure, the highest first; of equals the newest."""
+    values = {step: figures(run, step).get(figure) for step in checkpoints.steps(run)}
+    return [step for _, step in sorted(((value, step) for step, value in values.items() if value is not None))][::-1]
+
+
+def figures(run: Path, step: int) -> dict[str, float]:
+    """What was measured of a checkpoint: the metrics in its state, and SET/METRIC of each RUN/eval/STEP/SET.json.
+
+    What is not a finite number is left out.
+    """
+    found: dict[str, Any] = {}
+    with contextlib.suppress(OSError, TypeError, *MALFORMED):
+        state = json.loads((run / "checkpoints" / folder_name(step) / STATE).read_text(encoding="utf-8"))
+        found |= state["metrics"]
+    for path in sorted((run / "eval" / folder_name(step)).glob("*.json")):
+        with contextlib.suppress(OSError, TypeError, *MALFORMED):
+            metrics = json.loads(path.read_text(encoding="utf-8"))["metrics"]
+            found |= {f"{path.stem}/{name}": value for name, value in metrics.items()}
+    return {name: value for name, value in found.items() if isinstance(value, (int, float)) and math.isfinite(value)}

@@ -1,0 +1,119 @@
+"""Follow a run, and measure each of its checkpoints as it appears."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+
+from pipeline import checkpoint as checkpoints
+from pipeline.checkpoint import CheckpointError
+from pipeline.evaluate.embed import NotFiniteError
+from pipeline.evaluate.measures import choose
+from pipeline.evaluate.run import evaluate
+
+log = logging.getLogger(__name__)
+
+POLL_S = 10.0
+# As the trainer's: what schedulers send before they end a job. (Ctrl-C raises by itself.)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+def watch(run: Path, data: Path, *, names: Sequence[str] | None = None, poll_s: float = POLL_S) -> str:
+    """Measure a run's checkpoints, the oldest first, until the run is done and all that are left have results.
+
+    A checkpoint is passed over, with a line in the log, where it is removed before it is read, is damaged, or gives
+    embeddings that are not finite; and without one where it has results for these sets. A run that failed, or that was
+    asked to stop, may go on, so that it is waited for.
+
+    Args:
+        run: the run folder; it need not be there yet.
+        data: the dataset.
+        names: the sets to measure; None for all that there is a measure for.
+        poll_s: seconds between looks at the run folder.
+
+    Returns:
+        "done", or "requeue" where SIGTERM, SIGUSR1 or SIGINT asked for a stop: the same command goes on.
+
+    Raises:
+        EvaluationError: a set that was asked for is not there, or cannot be measured.
+    """
+    names = [source.name for source in choose(data, names)]
+    try:
+        with _interrupted_by_signals():
+            _follow(run, data, names, poll_s)
+    except KeyboardInterrupt:  # results are written whole, a file a set, so that nothing is lost
+        log.info("%s: stopped; the same command goes on.", run)
+        return "requeue"
+    return "done"
+
+
+def _follow(run: Path, data: Path, names: Sequence[str], poll_s: float) -> None:
+    passed_over: set[int] = set()
+    said = None
+    while True:
+        # Asked before the checkpoints are listed: a run that is done has saved the last of them.
+        status = _status(run)
+        listed = set(checkpoints.steps(run)) - passed_over
+        pending = [step for step in listed if not _has_results(run, step, names)]
+        if pending:
+            if not _measure(run, data, names, min(pending)):
+                passed_over.add(min(pending))
+        elif status == "done":
+            return
+        else:
+            if status != said:
+                how = f"it ended as {status} and may go on" if status else "it is not done"
+                log.info("%s: %s; waiting for its checkpoints.", run, how)
+            said = status
+            time.sleep(poll_s)
+
+
+def _measure(run: Path, data: Path, names: Sequence[str], step: int) -> bool:
+    """Measure one checkpoint; False where it cannot be."""
+    log.info("step %d:", step)
+    try:
+        evaluate(run, data, names=names, step=step)
+    except CheckpointError as error:
+        if step in checkpoints.steps(run):
+            log.warning("%s Passed over.", error)
+        else:
+            log.info("step %d was removed before it was measured; passed over.", step)
+        return False
+    except NotFiniteError as error:
+        log.warning("step %d: %s Passed over.", step, error)
+        return False
+    return True
+
+
+def _has_results(run: Path, step: int, names: Sequence[str]) -> bool:
+    folder = run / "eval" / checkpoints.folder_name(step)
+    return all((folder / f"{name}.json").is_file() for name in names)
+
+
+def _status(run: Path) -> str:
+    """How the run last ended; empty while it goes on, or has not begun."""
+    try:
+        return str(json.loads((run / "exit.json").read_text(encoding="utf-8"))["status"])
+    except (OSError, ValueError, KeyError):  # not there, or half written
+        return ""
+
+
+@contextlib.contextmanager
+def _interrupted_by_signals() -> Iterator[None]:
+    """What asks for a stop raises KeyboardInterrupt, as Ctrl-C does."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    former = {number: signal.signal(number, interrupt) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)

@@ -1,0 +1,102 @@
+"""The ranks of a run: how they find each other, and how one is asked to stop."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import os
+import signal
+import socket
+import threading
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator, DistributedDataParallelKwargs
+
+from data_prep.record import DataError
+
+# Seconds after which a rank that waits for others says so.
+PATIENCE_S = 30
+
+log = logging.getLogger(__name__)
+
+
+class RanksError(DataError):
+    """The processes of a run were not started as they should be, or do not reach each other."""
+
+
+class StopRequest:
+    """SIGTERM, SIGUSR1 or SIGINT asks for a stop at the next step; a second SIGINT ends at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.agreed = False
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, self._ask)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.asked = True
+
+
+def start(*, processes: int | None, cpu: bool, precision: str, timeout_s: int) -> Accelerator:
+    """Join the other ranks, and refuse to run with fewer than were asked for.
+
+    Args:
+        processes: how many there must be; None for any number.
+        cpu: leave accelerators alone.
+        precision: fp32, bf16, fp16, or fp64.
+        timeout_s: how long a rank waits for the others, here and within a step.
+
+    Raises:
+        RanksError: a launcher announced more processes than it started, there are not as many as there must be, or
+            rank 0 is not where MASTER_ADDR and MASTER_PORT say.
+    """
+    # `accelerate launch --cpu --num_processes N` names a master and then starts one process only.
+    if "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
+        raise RanksError(
+            "the launcher set MASTER_ADDR but started a single process. On CPUs, use `torchrun --nproc-per-node N` "
+            "or `accelerate launch --multi_gpu --num_processes N`; `--cpu` starts only one."
+        )
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes is not None and world != processes:
+        raise RanksError(
+            f"train.processes = {processes}, but {world} are running. Start them with "
+            f"`torchrun --nproc-per-node {processes} -m pipeline train …`, or change the setting."
+        )
+    cpu = cpu or not torch.accelerator.is_available()
+    if world > 1:
+        _meet("gloo" if cpu else "cpu:gloo,cuda:nccl", timeout_s)
+    accelerator = Accelerator(
+        cpu=cpu,
+        mixed_precision=precision if precision in ("bf16", "fp16") else "no",
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+    )
+    if accelerator.num_processes != world:
+        raise RanksError(f"{world} processes were started, but only {accelerator.num_processes} joined.")
+    return accelerator
+
+
+def _meet(backend: str, timeout_s: int) -> None:
+    """Make the process group of all ranks; who waits long says what for."""
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ["WORLD_SIZE"])
+    master = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    where = (
+        f"rank {rank} of {world}: the ranks have not met at {master} (MASTER_ADDR:MASTER_PORT). Is that rank 0's host, "
+        f"reachable from here, is the port free there, and were all {world} started with the same address?"
+    )
+    try:
+        socket.getaddrinfo(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    except (OSError, KeyError, ValueError) as error:
+        raise RanksError(f"{where} ({type(error).__name__}: {error})") from error
+    waiting = threading.Timer(PATIENCE_S, log.warning, ("%s Waiting, for %d s at the most.", where, timeout_s))
+    waiting.daemon = True
+    waiting.start()
+    try:
+        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_s))
+    except (dist.DistError, RuntimeError, ValueError) as error:
+        raise RanksError(f"{where} ({str(error).splitlines()[0]})") from error
+    finally:
+        waiting.cancel()

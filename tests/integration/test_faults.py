@@ -1,0 +1,185 @@
+"""What goes wrong while a run is running: gradients that are not finite, forced temperatures, signals, lost ranks."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import signal
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pipeline.tracking import read_metrics
+from tests.processes import finish, free_port, last_step, start_trainer, train
+
+# What an operator waits for at the most.
+PATIENCE_S = 60
+
+
+@pytest.fixture
+def command(dataset, recipe, tmp_path):
+    """(arguments, run) of eight steps that are saved one by one."""
+    run = tmp_path / "run"
+    path = recipe(train={"steps": 8, "max_skipped": 3}, checkpoint={"every_steps": 1, "keep": 99})
+    return [str(path), str(run), "--data", str(dataset)], run
+
+
+def weights(run, step):
+    return load_file(run / "checkpoints" / f"step-{step:08d}" / "model.safetensors")
+
+
+def each_step(do):
+    """Call do(step, towers, options) before each forward pass of the trainer, steps counted from 1."""
+    from pipeline import train as module
+
+    inner, steps = module.forward_backward, iter(range(1, 1000))
+
+    def wrapped(accelerator, towers, *args, **options):
+        do(next(steps), towers, options)
+        return inner(accelerator, towers, *args, **options)
+
+    module.forward_backward = wrapped
+
+
+def nan_pixels(broken, rank):
+    """On rank 1, the images of some steps are not numbers."""
+
+    def do(step, towers, options):
+        if rank == 1 and step in broken:
+            prepare = options["prepare"]
+            options["prepare"] = lambda image: prepare(image) * torch.nan
+
+    each_step(do)
+
+
+def test_a_step_that_is_not_finite_on_one_rank_is_skipped_by_all(command):
+    arguments, run = command
+    assert train(arguments, world=2, before=functools.partial(nan_pixels, {3, 4})) == 0
+    lines = read_metrics(run)
+    assert [line["skipped"] for line in lines] == [0, 0, 1, 1, 0, 0, 0, 0]
+    assert [line["loss"] is None for line in lines] == [False, False, True, True, False, False, False, False]
+    before, after, later = weights(run, 2), weights(run, 4), weights(run, 5)
+    for name, tensor in before.items():
+        assert torch.equal(after[name], tensor), name
+    assert any(not torch.equal(later[name], tensor) for name, tensor in before.items())
+    optimizer = torch.load(run / "checkpoints/step-00000008/optimizer.pt", weights_only=True)
+    assert {float(state["step"]) for state in optimizer["state"].values()} == {6.0}
+
+
+def test_many_such_steps_in_a_row_end_the_run_with_the_last_checkpoint_intact(command):
+    arguments, run = command
+    assert train(arguments, world=2, before=functools.partial(nan_pixels, {4, 5, 6, 7, 8})) == 1
+    verdict = json.loads((run / "exit.json").read_text())
+    assert verdict["status"] == "failed"
+    assert "not finite 3 times in a row" in verdict["reason"]
+    for name, tensor in weights(run, 3).items():
+        assert tensor.isfinite().all(), name
+
+
+def force_scale(rank):
+    def do(step, towers, options):
+        if step == 3:
+            with torch.no_grad():
+                towers.logit_scale.fill_(20.0)
+
+    each_step(do)
+
+
+def test_a_scale_that_was_forced_high_is_back_within_its_clamp_after_the_step(command):
+    arguments, run = command
+    assert train(arguments, before=force_scale) == 0
+    lines = read_metrics(run)
+    assert lines[2]["logit_scale"] == pytest.approx(100, rel=1e-5)
+    assert all(1 <= line["logit_scale"] <= 100.001 for line in lines)
+    assert lines[-1]["clamp_share"] > 0
+
+
+def signal_in_evaluation(rank):
+    from pipeline.evaluate.during import Evaluators
+
+    inner = Evaluators.measure
+
+    def measure(self, *args):
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return inner(self, *args)
+
+    Evaluators.measure = measure
+
+
+def signal_in_save(rank):
+    from pipeline import checkpoint_writer
+
+    inner = checkpoint_writer.Writer.save
+
+    def save(self, checkpoint):
+        inner(self, checkpoint)
+        if checkpoint.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    checkpoint_writer.Writer.save = save
+
+
+def signal_in_warmup(rank):
+    each_step(lambda step, towers, options: os.kill(os.getpid(), signal.SIGTERM) if (rank, step) == (1, 1) else None)
+
+
+@pytest.mark.parametrize("before", [signal_in_save, signal_in_warmup])
+def test_a_signal_to_one_rank_saves_one_agreed_step_and_the_run_goes_on(command, before):
+    arguments, run = command
+    arguments += ["checkpoint.every_steps=3"]
+    assert train(arguments, world=2, before=before) == 75
+    stopped = json.loads((run / "exit.json").read_text())
+    assert stopped["status"] == "requeue"
+    assert stopped["step"] == len(read_metrics(run)) < 8
+    assert train(arguments, world=2) == 0
+    assert [line["step"] for line in read_metrics(run)] == list(range(1, 9))
+
+
+def test_a_rank_that_is_killed_ends_the_others_and_the_run_goes_on(command):
+    arguments, run = command
+    arguments += ["train.steps=40", "checkpoint.every_steps=3"]
+    port = free_port()
+    ranks = [start_trainer(arguments, rank=rank, world=2, port=port) for rank in range(2)]
+    while last_step(run) < 5:
+        assert all(process.is_alive() for process in ranks)
+        time.sleep(0.002)
+    ranks[1].kill()
+    began = time.monotonic()
+    assert finish(ranks[0]) not in (0, 75)
+    assert time.monotonic() - began < PATIENCE_S
+    seen = read_metrics(run)
+    assert train(arguments, world=2) == 0
+    again = read_metrics(run)
+    assert [line["step"] for line in again] == list(range(1, 41))
+    for name in ("batch_sha256", "loss"):
+        assert [line[name] for line in again][: len(seen)] == [line[name] for line in seen]
+
+
+def silent_master(rank):
+    from pipeline import ranks
+
+    ranks.PATIENCE_S = 1
+    os.environ["MASTER_PORT"] = str(free_port())
+
+
+def test_a_wrong_master_port_is_told_of_and_then_refused(command):
+    arguments, run = command
+    process = start_trainer([*arguments, "train.timeout_s=5"], rank=1, world=2, before=silent_master)
+    assert finish(process) == 2
+    reason = json.loads((run / "exit.json").read_text())["reason"]
+    assert "rank 1 of 2: the ranks have not met at 127.0.0.1:" in reason
+    assert "MASTER_ADDR" in reason
+
+
+def unknown_master(rank):
+    os.environ["MASTER_ADDR"] = "nowhere.invalid"
+
+
+def test_a_master_that_has_no_address_is_refused_at_once(command):
+    arguments, run = command
+    assert finish(start_trainer(arguments, rank=1, world=2, before=unknown_master)) == 2
+    assert "nowhere.invalid" in json.loads((run / "exit.json").read_text())["reason"]

@@ -1,0 +1,88 @@
+"""Gradient caching: a batch in parts gives the loss and the gradients of the whole batch."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+
+import open_clip
+import pytest
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+
+from pipeline.backward import forward_backward
+from pipeline.data.plan import rank_bounds
+from pipeline.loss.info_nce import info_nce
+from pipeline.loss.sigmoid import sigmoid
+from tests.processes import run_ranks
+
+CONFIG = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 16, "patch_size": 8, "layers": 2, "width": 32, "head_width": 16, "patch_dropout": 0.5},
+    "text_cfg": {"context_length": 6, "vocab_size": 50, "width": 32, "heads": 2, "layers": 1},
+}
+
+
+def gradients(rank, world, batch, micro, loss=info_nce, bias=None, dropout=0.0):
+    """(this rank's share of the loss, every parameter's gradient after the exchange)"""
+    torch.manual_seed(0)
+    vision = {**CONFIG["vision_cfg"], "patch_dropout": dropout}
+    towers = open_clip.CLIP(**{**CONFIG, "vision_cfg": vision}, init_logit_bias=bias).double()
+    towers.train()
+    generator = torch.Generator().manual_seed(1)
+    image = torch.randint(0, 256, (batch, 3, 16, 16), generator=generator, dtype=torch.uint8)
+    token = torch.randint(1, 50, (batch, 6), generator=generator)
+    bounds = rank_bounds(batch, world)
+    sizes = [end - first for first, end in itertools.pairwise(bounds)]
+    own = slice(bounds[rank], bounds[rank + 1])
+    if world > 1:  # what a launcher says, and Accelerator reads
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1"}
+    accelerator = Accelerator(cpu=True, kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
+    share = forward_backward(
+        accelerator,
+        torch.nn.parallel.DistributedDataParallel(towers) if world > 1 else towers,
+        image[own],
+        token[own],
+        functools.partial(loss, sizes=sizes, tile=5),
+        prepare=lambda image: image.double() / 255,
+        micro_batch=micro,
+        seed=7,
+    )
+    assert not share.requires_grad
+    return share.item(), {name: value.grad.numpy() for name, value in towers.named_parameters()}
+
+
+def assert_equal(found, expected):
+    assert found.keys() == expected.keys()
+    for name, grad in found.items():
+        torch.testing.assert_close(
+            torch.from_numpy(grad), torch.from_numpy(expected[name]), rtol=1e-10, atol=1e-12, msg=name
+        )
+
+
+@pytest.mark.parametrize(("loss", "bias"), [(info_nce, None), (sigmoid, -5.0)])
+@pytest.mark.parametrize("micro", [1, 4, 5, 13])
+def test_parts_give_the_gradient_of_the_whole(micro, loss, bias):
+    value, expected = gradients(0, 1, 13, None, loss, bias)
+    found_value, found = gradients(0, 1, 13, micro, loss, bias)
+    assert found_value == pytest.approx(value, rel=1e-12)
+    assert_equal(found, expected)
+
+
+def test_both_passes_drop_the_same_patches():
+    """Were the second pass's patches others, the gradient by the scale and by the weights would not belong together."""
+    first, second = (gradients(0, 1, 8, 3, dropout=0.5) for _ in range(2))
+    assert first[0] == second[0]
+    assert_equal(first[1], second[1])
+    assert gradients(0, 1, 8, 3)[0] != first[0]
+
+
+@pytest.mark.parametrize(("world", "micro"), [(2, None), (3, 2), (5, 3)])
+def test_ranks_give_the_gradient_of_one(world, micro):
+    """13 pairs divide by none of 2, 3 and 5; parts of 2 or 3 make ranks' numbers of parts differ."""
+    value, expected = gradients(0, 1, 13, None)
+    shares = run_ranks(world, gradients, 13, micro)
+    assert sum(share for share, _ in shares) == pytest.approx(value, rel=1e-10)
+    for _, found in shares:
+        assert_equal(found, expected)
