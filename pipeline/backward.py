@@ -58,7 +58,9 @@ def forward_backward(
         size = micro_batch or len(image_BCSS)
         for number, (image, token) in enumerate(zip(image_BCSS.split(size), token_BL.split(size), strict=True)):
             torch.manual_seed(seed + number)
-            yield towers(prepare(image), token)
+            with accelerator.autocast():
+                features = towers(prepare(image), token)
+            yield features
 
     if micro_batch is None or micro_batch >= len(image_BCSS):
         (features,) = parts()

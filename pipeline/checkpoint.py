@@ -271,7 +271,7 @@ def read_checksums(content: bytes, folder: Path) -> dict[str, str]:
     try:
         listed = json.loads(content)
         good = all(Path(name).name == name for name in listed) and (
-            listed.keys() >= {MODEL, OPTIMIZER, STATE} or STATE in listed and any(map(is_shard, listed))
+            listed.keys() >= {MODEL, OPTIMIZER, STATE} or (STATE in listed and any(map(is_shard, listed)))
         )
     except MALFORMED as error:
         raise _unreadable(folder / CHECKSUMS, error) from error

@@ -290,6 +290,17 @@ class Recipe(Component):
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
     tracking: TrackingConfig = Field(default_factory=TrackingConfig)
 
+    @model_validator(mode="after")
+    def _fits_sharding(self) -> Recipe:
+        unable = {
+            "train.precision=fp16": self.train.precision == "fp16",
+            "checkpoint.keep_best": self.checkpoint.keep_best,
+            "checkpoint.copy_to": self.checkpoint.copy_to,
+        }
+        if self.train.sharding == "fsdp2" and (asked := [name for name, value in unable.items() if value]):
+            raise ValueError(f"train.sharding=fsdp2 goes without {' and '.join(asked)}; leave them out, or take ddp")
+        return self
+
     def to_yaml(self) -> str:
         """The resolved recipe, every default written out."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)

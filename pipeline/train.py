@@ -21,9 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline import begin, exchange, model, ranks, tokenizer
+from pipeline import begin, exchange, model, ranks, sharding, tokenizer
 from pipeline.backward import Contrast, forward_backward
 from pipeline.checkpoint import Checkpoint
+from pipeline.checkpoint_sharded import load_sharded, save_sharded
 from pipeline.checkpoint_writer import Writer
 from pipeline.config import OptimConfig, Recipe
 from pipeline.data.cache import Cache
@@ -106,6 +107,9 @@ def train(recipe: Recipe, run: Path) -> str:
     flops = flops_per_sample(towers, model.image_size(towers), tokenize.context_length) if peak else None
 
     # --- Optimizer
+    sharded = recipe.train.sharding == "fsdp2" and world > 1
+    if sharded:
+        sharding.shard(towers)
     groups = model.parameter_groups(
         towers,
         lr=recipe.optim.lr,
@@ -114,18 +118,24 @@ def train(recipe: Recipe, run: Path) -> str:
     )
     # Its fused kernel takes `found_inf`, which makes a step undone on the device.
     optimizer = torch.optim.AdamW(
-        groups, lr=recipe.optim.lr, betas=recipe.optim.betas, eps=recipe.optim.eps, fused=True
+        sharding.apart(groups), lr=recipe.optim.lr, betas=recipe.optim.betas, eps=recipe.optim.eps, fused=True
     )
     average = model.WeightAverage(towers, recipe.optim.ema) if recipe.optim.ema else None
     progress: dict[str, Any] = {"skipped_in_row": 0, "bad_samples": 0, "wall_s": 0.0, "symptoms": {}}
     if saved:
-        towers.load_state_dict(saved.model)
-        optimizer.load_state_dict(saved.optimizer)
-        if average and saved.average:
-            average.load_state_dict(saved.average)
+        if sharded:
+            load_sharded(run, step, towers, optimizer, average=average.state_dict() if average else None)
+        else:
+            towers.load_state_dict(saved.model)
+            optimizer.load_state_dict(saved.optimizer)
+            if average and saved.average:
+                average.load_state_dict(saved.average)
         progress |= {name: saved.state[name] for name in progress}
     accelerator.ddp_handler.broadcast_buffers = bool(statistics)
-    parallel, optimizer = accelerator.prepare(torch.compile(towers) if recipe.train.compile else towers, optimizer)
+    parallel: Any = torch.compile(towers) if recipe.train.compile else towers
+    if not sharded:
+        parallel = accelerator.prepare_model(parallel)
+    optimizer = accelerator.prepare_optimizer(optimizer, device_placement=False)
     normalize = normalizer(towers.visual.image_mean, towers.visual.image_std, device)
 
     # --- Stream, evaluation, tracking
@@ -228,7 +238,11 @@ def train(recipe: Recipe, run: Path) -> str:
             )
 
             # Update; where the gradient is not finite, on the device and so on all ranks, the step changes nothing
-            norm = accelerator.clip_grad_norm_(parallel.parameters(), recipe.optim.clip_norm or math.inf)
+            clip_norm = recipe.optim.clip_norm or math.inf
+            if sharded:
+                norm = sharding.finish_gradients(towers, clip_norm)
+            else:
+                norm = accelerator.clip_grad_norm_(parallel.parameters(), clip_norm)
             skipped = (~norm.isfinite()).float()
             if accelerator.scaler is None:  # else it looks for itself, and gives the optimizer the same word
                 optimizer.optimizer.found_inf = skipped
@@ -241,7 +255,7 @@ def train(recipe: Recipe, run: Path) -> str:
             step += 1
 
             # What happened: told to all ranks, and read while the next step is being computed
-            unclipped = (norm / (recipe.optim.clip_norm or math.inf)).clamp(min=1)
+            unclipped = (norm / clip_norm).clamp(min=1)
             scale_grad = towers.logit_scale.grad * unclipped if recipe.loss.learn_scale else torch.zeros_like(loss)
             numbers = [norm, skipped, towers.logit_scale.exp(), scale_grad, at_clamp & recipe.loss.learn_scale]
             optimizer.zero_grad(set_to_none=True)
@@ -322,25 +336,22 @@ def train(recipe: Recipe, run: Path) -> str:
             if writer:
                 writer.check()
             if save or stop.agreed:
-                if writer:
-                    known = {"loss": seen.loss} | figures
-                    state = {
-                        "stream": plan.state(step),
-                        "recipe_sha256": hashlib.sha256(recipe.to_yaml().encode()).hexdigest(),
-                        "metrics": {name: value if math.isfinite(value) else None for name, value in known.items()},
-                        **progress,
-                        "wall_s": wall_before + now - started,
-                        "symptoms": symptoms.state(),
-                    }
-                    writer.save(
-                        Checkpoint(
-                            step,
-                            towers.state_dict(),
-                            optimizer.state_dict(),
-                            state,
-                            average.state_dict() if average else None,
-                        )
+                known = {"loss": seen.loss} | figures
+                state = {
+                    "stream": plan.state(step),
+                    "recipe_sha256": hashlib.sha256(recipe.to_yaml().encode()).hexdigest(),
+                    "metrics": {name: value if math.isfinite(value) else None for name, value in known.items()},
+                    **progress,
+                    "wall_s": wall_before + now - started,
+                    "symptoms": symptoms.state(),
+                }
+                averaged = average.state_dict() if average else None
+                if sharded:
+                    save_sharded(
+                        run, step, towers, optimizer.optimizer, state, keep=recipe.checkpoint.keep, average=averaged
                     )
+                elif writer:
+                    writer.save(Checkpoint(step, towers.state_dict(), optimizer.state_dict(), state, averaged))
                 saved_at = stepped = time.monotonic()
     accelerator.wait_for_everyone()  # until the last checkpoint is published
     return "done" if step >= total else "requeue"

@@ -88,3 +88,34 @@ def test_launch_submit_runs_two_processes_and_keeps_the_exit_code(recipe, datase
     expected = [line["batch_sha256"] for line in read_metrics(runs / "2")[:2]]
     assert [line["batch_sha256"] for line in read_metrics(tmp_path / "run")] == expected
     assert main([*command, "--processes", "2", "seed=9"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("world", "settings"),
+    [(2, ["train.sharding=fsdp2"]), (3, ["train.sharding=fsdp2", "optim.ema=0.9"]), (5, ["train.micro_batch_size=1"])],
+)
+def test_losses_of_several_ranks_are_those_of_one_in_float64(dataset, recipe, tmp_path, world, settings):
+    """Weights on each rank or cut over all, batches whole or in parts; 10 pairs divide by 5 only."""
+    arguments = ["--data", str(dataset), "train.steps=6", "train.precision=fp64"]
+    assert train([str(recipe()), str(tmp_path / "one"), *arguments]) == 0
+    assert train([str(recipe()), str(tmp_path / "several"), *arguments, *settings], world=world) == 0
+    one, several = read_metrics(tmp_path / "one"), read_metrics(tmp_path / "several")
+    for name in ("loss", "grad_norm", "logit_scale"):
+        found, expected = ([line[name] for line in lines] for lines in (several, one))
+        assert found == pytest.approx(expected, rel=1e-10), name
+
+
+def test_a_sharded_run_goes_on_to_the_bit_and_loads_whole(dataset, recipe, tmp_path):
+    from pipeline import trained
+
+    settings = ["--data", str(dataset), "train.sharding=fsdp2", "optim.ema=0.9"]
+    histories = []
+    for name, lengths in (("straight", (8,)), ("resumed", (3, 8))):
+        for steps in lengths:
+            changes = [f"train.steps={steps}", "optim.schedule=constant"]
+            assert train([str(recipe()), str(tmp_path / name), *settings, *changes], world=2) == 0
+        histories.append([(line["loss"], line["batch_sha256"]) for line in read_metrics(tmp_path / name)])
+    assert histories[0] == histories[1]
+    whole = [trained.load(tmp_path / name).towers.state_dict() for name in ("straight", "resumed")]
+    for name, tensor in whole[0].items():
+        assert torch.equal(whole[1][name], tensor), name

@@ -74,7 +74,7 @@ def save(rank: int, world: int, run: Path) -> None:
     save_sharded(run, STEPS, model, optimizer, STATE, keep=2, average=average_of(model))
 
 
-def resume(rank: int, world: int, run: Path) -> dict[str, torch.Tensor]:
+def resume(rank: int, world: int, run: Path) -> dict[str, list]:
     """Load into a model that began otherwise, train on, and give its full weights."""
     model = shard(make(seed=1), world)
     optimizer = optimizer_of(model)
@@ -85,7 +85,7 @@ def resume(rank: int, world: int, run: Path) -> dict[str, torch.Tensor]:
     for name, tensor in average.items():
         assert torch.equal(full(tensor), full(halves[name]))
     train(model, optimizer, range(STEPS, 2 * STEPS))
-    return {name: full(tensor) for name, tensor in model.state_dict().items()}
+    return {name: full(tensor).tolist() for name, tensor in model.state_dict().items()}
 
 
 def full(tensor: torch.Tensor) -> torch.Tensor:
@@ -135,7 +135,8 @@ def test_no_file_of_it_is_a_pickle(run):
 def test_any_number_of_ranks_goes_on_from_it(run, world):
     model, _ = straight(2 * STEPS)
     for found in run_ranks(world, resume, run):
-        torch.testing.assert_close(found, dict(model.state_dict()))
+        weights = {name: torch.tensor(values) for name, values in found.items()}
+        torch.testing.assert_close(weights, dict(model.state_dict()))
 
 
 def test_one_process_goes_on_from_it(run):
@@ -161,12 +162,12 @@ def save_with_one_failing(rank: int, world: int, run: Path, failing: int, where:
 
         target, name = {
             "shard": (checkpoint_sharded.HuggingFaceStorageWriter, "write_data"),
-            "before": (checkpoint_sharded.dcp, "save"),
+            "before": (checkpoint_sharded, "save"),
             "publish": (checkpoints, "sync"),
         }[where]
         setattr(target, name, full_disk)
     if where == "before":  # the others would wait in torch's own collectives for a rank that has left
-        checkpoint_sharded.dcp.save = checkpoint_sharded.dcp.save if rank == failing else lambda *_, **__: None
+        checkpoint_sharded.save = checkpoint_sharded.save if rank == failing else lambda *_, **__: None
     train(model, optimizer, range(STEPS, 2 * STEPS))
     with pytest.raises(TrainingError) as failure:
         save_sharded(run, 2 * STEPS, model, optimizer, STATE, keep=2)

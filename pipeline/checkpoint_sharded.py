@@ -1,0 +1,198 @@
+"""Checkpoints of sharded training (FSDP2): each rank writes its part, and the whole is published or nothing is.
+
+RUN/checkpoints/step-00001000/ shard-….safetensors (one a rank)  state.json  CHECKSUMS.json (last)
+
+torch.distributed.checkpoint writes and reads them, in its safetensors form: its own form has a pickle in it, which may
+run code when it is read. Any number of ranks reads what any other has written.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from pipeline import checkpoint as checkpoints
+from pipeline import exchange
+from pipeline.checkpoint import STATE, Checkpoint, CheckpointError, folder_name
+
+# What is in the shards, by the first part of its name, and in state.json where it is no tensor.
+MODEL, AVERAGE, OPTIMIZER, GROUPS = "model.", "average.", "optimizer.", "optimizer_groups"
+
+
+def save_sharded(
+    run: Path,
+    step: int,
+    towers: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    *,
+    keep: int,
+    average: Mapping[str, Tensor] | None = None,
+) -> Path:
+    """Save a model whose weights are cut over ranks, point LATEST to it, and remove all but the newest `keep`.
+
+    Where one rank cannot write its part, nothing is published.
+
+    Args:
+        run: the run folder, one for all ranks.
+        step: optimizer steps done.
+        towers: after fully_shard.
+        optimizer: of their parameters.
+        state: as in Checkpoint; rank 0's counts.
+        keep: at least two.
+        average: the moving average of the weights, cut as they are.
+
+    Raises:
+        TrainingError: a rank could not write, on every rank.
+
+    Collective: every rank calls it.
+    """
+    tensors, groups = _content(towers, optimizer, average)
+    folder = exchange.from_main(lambda: checkpoints.new_folder(run, step))
+    try:
+        writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+        exchange.together(lambda: _discard(save(tensors, storage_writer=writer)))
+        exchange.from_main(lambda: _publish(folder, {"step": step, **state, GROUPS: groups}))
+    except BaseException:
+        if _is_main():
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    exchange.from_main(lambda: checkpoints.purge(run, keep, known={step: True}))
+    return folder
+
+
+def _publish(folder: Path, state: dict[str, Any]) -> None:
+    (folder / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
+    checkpoints.finish(folder, sorted(path.name for path in folder.iterdir()))
+
+
+def load_sharded(
+    run: Path,
+    step: int,
+    towers: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    average: Mapping[str, Tensor] | None = None,
+) -> dict[str, Any]:
+    """Bring a sharded checkpoint into a model, its optimizer and the average of its weights, in place.
+
+    Returns:
+        The `state` that was saved.
+
+    Raises:
+        CheckpointError: a file is missing or its hash differs, or what is saved is of another model; on every rank.
+
+    Collective: every rank calls it.
+    """
+    folder = run / "checkpoints" / folder_name(step)
+    state = exchange.from_main(lambda: _verified_state(folder))
+    groups = state.pop(GROUPS)
+    tensors, _ = _content(towers, optimizer, average)
+    exchange.together(lambda: _read(tensors, folder, no_dist=False))
+    weights: dict[str, Any] = dict(_under(MODEL, tensors))
+    set_model_state_dict(towers, weights)
+    moments: dict[str, Any] = {}
+    for place, tensor in _under(OPTIMIZER, tensors).items():
+        name, _, key = place.rpartition(".")
+        moments.setdefault(name, {})[key] = tensor
+    set_optimizer_state_dict(towers, optimizer, {"state": moments, "param_groups": groups})
+    return state
+
+
+def consolidate(folder: Path) -> Checkpoint:
+    """A sharded checkpoint as one that was never cut, in this machine's memory; by this process alone.
+
+    Raises:
+        CheckpointError: a file is missing, its hash differs, or it does not parse.
+    """
+    checkpoints.verify(folder)
+    return join(folder)
+
+
+def join(folder: Path) -> Checkpoint:
+    """As `consolidate`, of files that have been verified."""
+    state = _state(folder)
+    groups = state.pop(GROUPS)
+    known: dict[str, Any] = dict(HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata)
+    tensors = {name: torch.empty(found.size, dtype=found.properties.dtype) for name, found in known.items()}
+    _read(tensors, folder, no_dist=True)
+    moments = _under(OPTIMIZER, tensors)
+    # torch numbers parameters in the order of its groups.
+    names = [name for group in groups for name in group["params"]]
+    numbers = {name: number for number, name in enumerate(names)}
+    by_number: dict[int, dict[str, Tensor]] = {}
+    for place, tensor in moments.items():
+        name, _, key = place.rpartition(".")
+        by_number.setdefault(numbers[name], {})[key] = tensor
+    optimizer = {
+        "state": by_number,
+        "param_groups": [{**group, "params": [numbers[name] for name in group["params"]]} for group in groups],
+    }
+    return Checkpoint(state["step"], _under(MODEL, tensors), optimizer, state, _under(AVERAGE, tensors) or None)
+
+
+def _content(
+    towers: nn.Module, optimizer: torch.optim.Optimizer, average: Mapping[str, Tensor] | None
+) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    """All tensors by what they are, and the optimizer's groups, their parameters by name."""
+    saved: dict[str, Any] = dict(get_optimizer_state_dict(towers, optimizer))
+    weights: dict[str, Any] = get_model_state_dict(towers)
+    tensors: dict[str, Tensor] = {f"{MODEL}{name}": tensor for name, tensor in weights.items()}
+    tensors |= {f"{AVERAGE}{name}": tensor for name, tensor in (average or {}).items()}
+    for name, moments in saved["state"].items():
+        tensors |= {f"{OPTIMIZER}{name}.{key}": tensor for key, tensor in moments.items()}
+    return tensors, saved["param_groups"]
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _state(folder: Path) -> dict[str, Any]:
+    try:
+        state: dict[str, Any] = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        for group in state[GROUPS]:
+            group["betas"] = tuple(group["betas"])
+    except checkpoints.MALFORMED as error:
+        raise CheckpointError(f"{folder / STATE}: is not of sharded training ({error!r}).") from error
+    return state
+
+
+def _verified_state(folder: Path) -> dict[str, Any]:
+    checkpoints.verify(folder)
+    return _state(folder)
+
+
+def _read(tensors: dict[str, Tensor], folder: Path, *, no_dist: bool) -> None:
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # it is meant
+            load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=no_dist)
+    except (*checkpoints.MALFORMED, CheckpointException) as error:
+        raise CheckpointError(f"{folder}: is of another model ({str(error).splitlines()[0]}).") from error
+
+
+def _is_main() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def _discard(_: object) -> None:
+    pass
