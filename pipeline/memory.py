@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -225,8 +225,8 @@ def run(towers: Towers, pairs: int, context_length: int, *, precision: str, back
     grads = [parameter.grad for parameter in towers.parameters()]
     held = {_key(value) for value in (*towers.parameters(), *towers.buffers(), *grads) if value is not None}
     kept, alive = _Kept(held), _Alive(held)
-    instead = _AsOnCuda() if device.type == "cuda" else contextlib.nullcontext()
-    with torch.enable_grad(), alive, instead:
+    attention = _fused_attention() if device.type == "cuda" else contextlib.nullcontext()
+    with torch.enable_grad(), alive, attention, _Unmasked():
         with torch.autograd.graph.saved_tensors_hooks(kept.pack, kept.unpack), _autocast(device.type, precision):
             image_BD, text_BD, *_ = towers(image_BCHW, token_BL)
         del image_BCHW
@@ -362,19 +362,35 @@ class _Alive(TorchDispatchMode):
         self._now -= size
 
 
-class _AsOnCuda(TorchFunctionMode):
-    """What a CUDA device would choose, and fake tensors of one do not, where none is there."""
+class _Unmasked(TorchFunctionMode):
+    """Takes all rows where a mask picks some: how many those are is not known of a mask without content.
+
+    (open_clip's Hugging Face towers leave one token out that way, from an output that nothing here uses.)
+    """
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        kwargs = dict(kwargs or {})
-        if func is F.scaled_dot_product_attention:
-            return _fused_attention(*args, **kwargs)
-        return func(*args, **kwargs)
+        if func is Tensor.__getitem__ and isinstance(args[1], tuple):
+            args = args[0], tuple(slice(None) if _is_mask(index) else index for index in args[1])
+        return func(*args, **(kwargs or {}))
 
 
-def _fused_attention(
+def _is_mask(index: object) -> bool:
+    return isinstance(index, FakeTensor) and index.dtype == torch.bool
+
+
+@contextlib.contextmanager
+def _fused_attention() -> Iterator[None]:
+    """Attention that keeps no scores, as a CUDA device has it (flash or memory-efficient), and none here can choose."""
+    former, F.scaled_dot_product_attention = F.scaled_dot_product_attention, _efficient_attention
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = former
+
+
+def _efficient_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -383,11 +399,10 @@ def _fused_attention(
     is_causal: bool = False,
     **_: Any,
 ) -> Tensor:
-    """Attention that keeps no scores (flash or memory-efficient; they keep the same)."""
+    if torch.is_autocast_enabled("cuda"):
+        query, key, value = (side.to(torch.get_autocast_dtype("cuda")) for side in (query, key, value))
     if attn_mask is not None:
-        shape = (*query.shape[:-1], key.shape[-2])
-        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).expand(shape)
-    made = torch.ops.aten._scaled_dot_product_efficient_attention(
+        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).expand(*query.shape[:-1], key.shape[-2])
+    return torch.ops.aten._scaled_dot_product_efficient_attention(
         query, key, value, attn_mask, True, dropout_p, is_causal
-    )
-    return made[0]
+    )[0]

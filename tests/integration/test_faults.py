@@ -12,7 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from data_prep import manifest
 from pipeline.tracking import read_metrics
+from tests.pipeline.test_during import write_set
 from tests.processes import finish, free_port, last_step, start_trainer, train
 
 # What an operator waits for at the most.
@@ -125,6 +127,39 @@ def signal_in_save(rank):
 
 def signal_in_warmup(rank):
     each_step(lambda step, towers, options: os.kill(os.getpid(), signal.SIGTERM) if (rank, step) == (1, 1) else None)
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """A dataset of one retrieval set, six images."""
+    root = tmp_path_factory.mktemp("measured")
+    write_set(root / "eval" / "small_test", "retrieval", 6)
+    split = {"kind": "retrieval", "samples": 6, "shards": 1, "captions": 0, "bytes": 1}
+    manifest.write(root, {"name": "small", "splits": {"small_test": split}, "counts": {}}, [], [])
+    return root
+
+
+def test_a_signal_within_an_evaluation_ends_the_run_after_it(command, measured):
+    arguments, run = command
+    arguments += [f"evaluate.data={measured}", "evaluate.every_steps=2", "checkpoint.every_steps=8"]
+    assert train(arguments, world=2, before=signal_in_evaluation) == 75
+    assert json.loads((run / "exit.json").read_text())["step"] in (3, 4)
+    assert train(arguments, world=2) == 0
+    figures = [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in figures] == [2, 4, 6, 8]
+    assert {"small_test/image_retrieval_recall@1", "small_test/loss"} <= set(figures[0])
+
+
+def test_the_best_checkpoint_is_kept_beside_the_newest(command, measured):
+    arguments, run = command
+    figure = "small_test/loss"
+    arguments += [f"evaluate.data={measured}", "evaluate.every_steps=1", f"checkpoint.keep_best={figure}"]
+    assert train([*arguments, "checkpoint.keep=2"]) == 0
+    figures = [json.loads(line)[figure] for line in (run / "evaluations.jsonl").read_text().splitlines()]
+    best = 1 + max(range(8), key=lambda step: (figures[step], step))
+    kept = sorted(path.name for path in (run / "checkpoints").glob("step-*"))
+    assert kept == sorted({f"step-{step:08d}" for step in (7, 8, best)})
+    assert (run / "checkpoints" / "BEST").read_text() == f"step-{best:08d}"
 
 
 @pytest.mark.parametrize("before", [signal_in_save, signal_in_warmup])

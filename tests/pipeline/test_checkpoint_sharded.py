@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -169,10 +168,11 @@ def save_with_one_failing(rank: int, world: int, run: Path, failing: int, where:
     if where == "before":  # the others would wait in torch's own collectives for a rank that has left
         checkpoint_sharded.save = checkpoint_sharded.save if rank == failing else lambda *_, **__: None
     train(model, optimizer, range(STEPS, 2 * STEPS))
-    with pytest.raises(TrainingError) as failure:
+    try:
         save_sharded(run, 2 * STEPS, model, optimizer, STATE, keep=2)
-    dist.barrier()
-    return str(failure.value)
+    except TrainingError as error:
+        return str(error)
+    return "published"
 
 
 @pytest.mark.parametrize(("failing", "where"), [(0, "shard"), (1, "shard"), (1, "before"), (0, "publish")])
