@@ -21,12 +21,13 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from pipeline import checkpoint as checkpoints
-from pipeline import config, exchange, model, tokenizer
+from pipeline import config, exchange, layers, model, tokenizer
 from pipeline.checkpoint_writer import fetch_copy
 from pipeline.config import Recipe, TrainConfig
 from pipeline.data.plan import Plan, Share, layout
 from pipeline.data.store import ShardStore
 from pipeline.data.tars import TarSet
+from pipeline.pretrained import load_pretrained
 
 # Whose versions a run records.
 PACKAGES = ("torch", "torchvision", "open_clip_torch", "timm", "accelerate", "numpy", "sentencepiece")
@@ -106,8 +107,8 @@ def make_towers(recipe: Recipe, model_cfg: dict[str, Any], *, pretrained: bool) 
     )
     if pretrained:
         source = {"name": recipe.model.name, "pretrained": recipe.model.pretrained}
-        exchange.together(lambda: model.load_pretrained(towers, model_cfg, **source))
-    model.lock(
+        exchange.together(lambda: load_pretrained(towers, model_cfg, **source))
+    layers.lock(
         towers,
         image=recipe.model.unlocked_image_groups if recipe.model.lock_image else None,
         text=recipe.model.unlocked_text_groups if recipe.model.lock_text else None,
@@ -115,7 +116,7 @@ def make_towers(recipe: Recipe, model_cfg: dict[str, Any], *, pretrained: bool) 
     towers.logit_scale.requires_grad_(recipe.loss.learn_scale)
     if recipe.model.activation_checkpointing:
         model.checkpoint_activations(towers)
-    if recipe.train.micro_batch_size and model.batch_statistics(towers):
+    if recipe.train.micro_batch_size and layers.batch_statistics(towers):
         raise model.ModelError(
             "train.micro_batch_size needs towers without BatchNorm, whose statistics would be those of a part of the "
             "batch. Choose another model, or leave train.micro_batch_size out."

@@ -68,8 +68,7 @@ def save_sharded(
     tensors, groups = _content(towers, optimizer, average)
     folder = exchange.from_main(lambda: checkpoints.new_folder(run, step))
     try:
-        writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
-        exchange.together(lambda: _discard(save(tensors, storage_writer=writer)))
+        exchange.together(lambda: _write(tensors, folder))
         exchange.from_main(lambda: _publish(folder, {"step": step, **state, GROUPS: groups}))
     except BaseException:
         if _is_main():
@@ -181,18 +180,27 @@ def _verified_state(folder: Path) -> dict[str, Any]:
     return _state(folder)
 
 
+def _write(tensors: dict[str, Tensor], folder: Path) -> None:
+    try:
+        save(tensors, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
+    except CheckpointException as error:  # no Exception: it would pass by whatever tells the other ranks
+        raise OSError(f"{folder}: could not be written ({_first(error)}).") from error
+
+
 def _read(tensors: dict[str, Tensor], folder: Path, *, no_dist: bool) -> None:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")  # it is meant
             load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=no_dist)
-    except (*checkpoints.MALFORMED, CheckpointException) as error:
-        raise CheckpointError(f"{folder}: is of another model ({str(error).splitlines()[0]}).") from error
+    except CheckpointException as error:
+        raise CheckpointError(f"{folder}: cannot be read, or is of another model ({_first(error)}).") from error
+
+
+def _first(error: CheckpointException) -> str:
+    """What the first of the failing ranks met."""
+    rank, (met, _) = next(iter(sorted(error.failures.items())))
+    return f"rank {rank}: {type(met).__name__}: {met}"
 
 
 def _is_main() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
-
-
-def _discard(_: object) -> None:
-    pass

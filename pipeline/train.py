@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline import begin, exchange, model, ranks, sharding, tokenizer
+from pipeline import begin, exchange, layers, model, ranks, sharding, tokenizer
+from pipeline.average import WeightAverage
 from pipeline.backward import Contrast, forward_backward
 from pipeline.checkpoint import Checkpoint
 from pipeline.checkpoint_sharded import load_sharded, save_sharded
@@ -99,7 +100,7 @@ def train(recipe: Recipe, run: Path) -> str:
     memory_format = torch.channels_last if recipe.model.channels_last else torch.contiguous_format
     dtype = torch.float64 if recipe.train.precision == "fp64" else torch.float32
     towers = begin.make_towers(recipe, model_cfg, pretrained=not saved).to(device, dtype, memory_format=memory_format)
-    statistics = model.batch_statistics(towers)
+    statistics = layers.batch_statistics(towers)
     if statistics and world > 1 and main:
         log.warning("The image tower has BatchNorm: its statistics are a rank's own, so results depend on the ranks.")
 
@@ -110,7 +111,7 @@ def train(recipe: Recipe, run: Path) -> str:
     sharded = recipe.train.sharding == "fsdp2" and world > 1
     if sharded:
         sharding.shard(towers)
-    groups = model.parameter_groups(
+    groups = layers.parameter_groups(
         towers,
         lr=recipe.optim.lr,
         weight_decay=recipe.optim.weight_decay,
@@ -120,7 +121,7 @@ def train(recipe: Recipe, run: Path) -> str:
     optimizer = torch.optim.AdamW(
         sharding.apart(groups), lr=recipe.optim.lr, betas=recipe.optim.betas, eps=recipe.optim.eps, fused=True
     )
-    average = model.WeightAverage(towers, recipe.optim.ema) if recipe.optim.ema else None
+    average = WeightAverage(towers, recipe.optim.ema) if recipe.optim.ema else None
     progress: dict[str, Any] = {"skipped_in_row": 0, "bad_samples": 0, "wall_s": 0.0, "symptoms": {}}
     if saved:
         if sharded:

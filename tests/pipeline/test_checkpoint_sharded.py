@@ -184,6 +184,22 @@ def test_where_one_rank_cannot_write_nothing_is_published(tmp_path, failing, whe
     assert (tmp_path / "checkpoints" / "LATEST").read_text() == "step-00000003"
 
 
+def load_another(rank: int, world: int, run: Path) -> str:
+    model = make()
+    model.second = nn.Linear(7, 4)
+    shard(model, world)
+    try:
+        load_sharded(run, STEPS, model, optimizer_of(model))
+    except CheckpointError as error:
+        return str(error)
+    return "loaded"
+
+
+def test_another_model_is_refused(run):
+    for told in run_ranks(2, load_another, run):
+        assert "step-00000003: cannot be read, or is of another model" in told
+
+
 def test_a_damaged_shard_is_told_of(tmp_path):
     run_ranks(2, save, tmp_path)
     path = next((tmp_path / "checkpoints" / "step-00000003").glob("shard-*"))

@@ -17,8 +17,10 @@ from open_clip import hf_model
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pipeline import model
-from pipeline.model import ModelError, WeightAverage
+from pipeline import layers, model
+from pipeline.average import WeightAverage
+from pipeline.model import ModelError
+from pipeline.pretrained import load_pretrained
 from tests.pipeline.test_checkpoint import Touch
 
 PAIRS = 4
@@ -92,7 +94,7 @@ def equal(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
 
 
 def load(towers: model.Towers, config: dict[str, Any], pretrained: object = "", name: str = "") -> None:
-    model.load_pretrained(towers, config, name=name, pretrained=str(pretrained))
+    load_pretrained(towers, config, name=name, pretrained=str(pretrained))
 
 
 @kinds()
@@ -329,10 +331,10 @@ def test_a_tower_s_own_weights_are_loaded_where_config_asks(config, tmp_path, mo
 @pytest.mark.parametrize("tower", ["image", "text"])
 def test_what_is_locked_stays_bit_for_bit_and_the_rest_moves(config, tower, unlocked):
     towers = built(config)
-    groups = model.layer_groups(towers, tower)
+    groups = layers.layer_groups(towers, tower)
     locked = set(itertools.chain(*groups[: len(groups) - unlocked]))
     modules = {name.rpartition(".")[0] for name in locked}
-    model.lock(towers, **{"image": None, "text": None} | {tower: unlocked})
+    layers.lock(towers, **{"image": None, "text": None} | {tower: unlocked})
     before, parameters = copied(towers), dict(towers.named_parameters())
     optimizer = torch.optim.AdamW([one for one in towers.parameters() if one.requires_grad], lr=0.01)
     loss_of(towers.train()).backward()
@@ -359,13 +361,13 @@ GROUPS = {
 def test_groups_reach_from_the_stem_to_the_projection(tower, config, request):
     count, first, last = GROUPS[tower, request.node.callspec.params["config"]]
     towers = model.build(config, init_bias=-10.0)
-    groups = model.layer_groups(towers, tower)
+    groups = layers.layer_groups(towers, tower)
     assert (len(groups), first in groups[0], last in groups[-1]) == (count, True, True)
     names = [name for name, _ in towers.named_parameters() if name not in model.TEMPERATURE]
     expected = [name for name in names if name.startswith("visual.") == (tower == "image")]
     assert sorted(itertools.chain(*groups)) == sorted(expected)
     with pytest.raises(ModelError, match=f"{count} layer groups"):
-        model.lock(towers, **{"image": None, "text": None} | {tower: count})
+        layers.lock(towers, **{"image": None, "text": None} | {tower: count})
 
 
 @kinds("vit", "vit, own text class", "timm vit")
@@ -373,7 +375,7 @@ def test_groups_reach_from_the_stem_to_the_projection(tower, config, request):
 def test_groups_are_those_that_open_clip_unlocks(config, unlocked):
     mine, theirs = model.build(config), model.build(config)
     # open_clip's count of a timm tower's groups leaves its projection out.
-    model.lock(mine, image=unlocked + ("timm_model_name" in config["vision_cfg"]), text=unlocked)
+    layers.lock(mine, image=unlocked + ("timm_model_name" in config["vision_cfg"]), text=unlocked)
     theirs.lock_image_tower(unlocked)
     theirs.lock_text_tower(unlocked)
     expected = [parameter.requires_grad for parameter in theirs.parameters()]
@@ -384,7 +386,7 @@ def test_locked_layers_drop_nothing_and_open_ones_do(bert):
     for unlocked in (0, 2):
         towers = built(bert)  # with BERT's dropout
         _, text = batch(towers)
-        model.lock(towers, image=None, text=unlocked)
+        layers.lock(towers, image=None, text=unlocked)
         towers.train()
         transformer = towers.text.transformer
         assert not transformer.embeddings.dropout.training
@@ -395,9 +397,9 @@ def test_locked_layers_drop_nothing_and_open_ones_do(bert):
 
 def test_a_lock_outlives_copies_and_replaced_modules():
     towers = built(CONFIGS["resnet"])
-    assert model.batch_statistics(towers)
-    model.lock(towers, image=1, text=None)
-    assert model.batch_statistics(towers) == []
+    assert layers.batch_statistics(towers)
+    layers.lock(towers, image=1, text=None)
+    assert layers.batch_statistics(towers) == []
     twin, synced = copy.deepcopy(towers), nn.SyncBatchNorm.convert_sync_batchnorm(towers)
     assert isinstance(synced.visual.bn1, nn.SyncBatchNorm)
     for changed in (twin, synced):
@@ -409,8 +411,8 @@ def test_a_lock_outlives_copies_and_replaced_modules():
 @pytest.mark.parametrize("layer_decay", [1.0, 0.5])
 def test_each_trained_parameter_is_in_one_group_and_decays_as_open_clip_s(config, layer_decay):
     towers = model.build(config, init_bias=-10.0)
-    model.lock(towers, image=1, text=None)
-    groups = model.parameter_groups(towers, lr=0.1, weight_decay=0.2, layer_decay=layer_decay)
+    layers.lock(towers, image=1, text=None)
+    groups = layers.parameter_groups(towers, lr=0.1, weight_decay=0.2, layer_decay=layer_decay)
     names = {parameter: name for name, parameter in towers.named_parameters()}
     found = {names[parameter]: group for group in groups for parameter in group["params"]}
     trained = {name: parameter for name, parameter in towers.named_parameters() if parameter.requires_grad}
@@ -428,13 +430,13 @@ def test_each_trained_parameter_is_in_one_group_and_decays_as_open_clip_s(config
 
 def test_a_table_of_biases_does_not_decay():
     table, kernel = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2, 2))
-    groups = model.parameter_groups(nn.ParameterDict({"bias_table": table, "kernel": kernel}), weight_decay=0.2)
+    groups = layers.parameter_groups(nn.ParameterDict({"bias_table": table, "kernel": kernel}), weight_decay=0.2)
     assert [(group["name"], group["params"]) for group in groups] == [("decayed", [kernel]), ("plain", [table])]
 
 
 def test_the_rate_falls_from_group_to_group_below():
     towers = model.build(PLAIN)
-    groups = model.parameter_groups(towers, weight_decay=0.2, layer_decay=0.5)
+    groups = layers.parameter_groups(towers, weight_decay=0.2, layer_decay=0.5)
     names = {parameter: name for name, parameter in towers.named_parameters()}
     scales = {names[parameter]: group["lr_scale"] for group in groups for parameter in group["params"]}
     assert scales["visual.proj"] == scales["text_projection"] == 1.0
@@ -453,7 +455,7 @@ def test_gradients_are_those_without_checkpointing(config, locked):
         if type(module).__name__ in ("ResidualAttentionBlock", "Block", "BasicBlock", "BertLayer"):
             module.register_forward_pre_hook(lambda module, _: calls.append(module))
     for towers in (plain, saving):
-        model.lock(towers, image=None, text=locked)
+        layers.lock(towers, image=None, text=locked)
         torch.manual_seed(7)  # of dropout
         loss_of(towers).backward()
     assert len(calls) > len(set(calls)), "no block was recomputed"
