@@ -13,7 +13,11 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("data_prep", "pipeline", "launch")
 # pipeline reads what data_prep wrote, through these only.
 OPEN_TO_PIPELINE = {"data_prep.locations", "data_prep.manifest", "data_prep.record"}
-COMPONENTS = ("data", "loss", "evaluate", "export", "model.py", "tokenizer.py", "checkpoint.py")
+COMPONENTS = (
+    *("data", "loss", "evaluate", "export", "model.py", "layers.py", "pretrained.py", "average.py", "tokenizer.py"),
+    *("checkpoint.py", "checkpoint_writer.py", "checkpoint_copy.py", "checkpoint_sharded.py", "sharding.py"),
+    *("backward.py", "ranks.py", "exchange.py", "tracking.py", "throughput.py", "symptoms.py"),
+)
 
 
 def imports(path: Path) -> set[str]:
