@@ -51,8 +51,8 @@ def start(*, processes: int | None, cpu: bool, precision: str, timeout_s: int) -
         timeout_s: how long a rank waits for the others, here and within a step.
 
     Raises:
-        RanksError: a launcher announced more processes than it started, there are not as many as there must be, or
-            rank 0 is not where MASTER_ADDR and MASTER_PORT say.
+        RanksError: a launcher announced more processes than it started, there are not as many as there must be, rank
+            0 is not where MASTER_ADDR and MASTER_PORT say, or the precision or a plug-in is one that this cannot use.
     """
     # `accelerate launch --cpu --num_processes N` names a master and then starts one process only.
     if "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
@@ -60,6 +60,12 @@ def start(*, processes: int | None, cpu: bool, precision: str, timeout_s: int) -
             "the launcher set MASTER_ADDR but started a single process. On CPUs, use `torchrun --nproc-per-node N` "
             "or `accelerate launch --multi_gpu --num_processes N`; `--cpu` starts only one."
         )
+    for plugin in ("FSDP", "DEEPSPEED"):
+        if os.environ.get(f"ACCELERATE_USE_{plugin}", "false").lower() == "true":
+            raise RanksError(
+                f"accelerate's configuration asks for {plugin}. Leave it out there, and set train.sharding=fsdp2 to "
+                "cut weights over the ranks."
+            )
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if processes is not None and world != processes:
         raise RanksError(
@@ -67,6 +73,8 @@ def start(*, processes: int | None, cpu: bool, precision: str, timeout_s: int) -
             f"`torchrun --nproc-per-node {processes} -m pipeline train …`, or change the setting."
         )
     cpu = cpu or not torch.accelerator.is_available()
+    if cpu and precision == "fp16":
+        raise RanksError("train.precision=fp16 needs a GPU, and there is none here. Take bf16 or fp32.")
     if world > 1:
         _meet("gloo" if cpu else "cpu:gloo,cuda:nccl", timeout_s)
     accelerator = Accelerator(

@@ -218,3 +218,42 @@ def test_a_master_that_has_no_address_is_refused_at_once(command):
     arguments, run = command
     assert finish(start_trainer(arguments, rank=1, world=2, before=unknown_master)) == 2
     assert "nowhere.invalid" in json.loads((run / "exit.json").read_text())["reason"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "variable", "said"),
+    [
+        ("train.precision=fp16", {}, "needs a GPU"),
+        ("train.steps=8", {"ACCELERATE_USE_FSDP": "true"}, "train.sharding=fsdp2"),
+    ],
+)
+def test_what_this_machine_or_the_launcher_cannot_give_is_refused(command, monkeypatch, setting, variable, said):
+    arguments, run = command
+    for name, value in variable.items():
+        monkeypatch.setenv(name, value)
+    assert train([*arguments, setting]) == 2
+    assert said in json.loads((run / "exit.json").read_text())["reason"]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["train.precision=bf16", "loss.positives=image_and_text"],
+        ["loss.kind=sigmoid", "loss.positives=image", "loss.init_scale=10"],
+        ["loss.kind=decoupled", "model.activation_checkpointing=true", "model.patch_dropout=0.5"],
+        ["model.lock_image=true", "model.unlocked_image_groups=1", "optim.layer_decay=0.8", "loss.learn_scale=false"],
+    ],
+)
+def test_settings_train_and_go_on_to_the_bit(command, settings):
+    """What each is worth is tested elsewhere; here, that all of its state is in a checkpoint."""
+    arguments, run = command
+    arguments += [*settings, "optim.schedule=constant", "optim.ema=0.9"]
+    assert train(arguments) == 0
+    straight = read_metrics(run)
+    assert straight[-1]["loss"] < straight[0]["loss"]
+    for step in range(4, 9):
+        (run / "checkpoints" / f"step-{step:08d}" / "CHECKSUMS.json").unlink()
+    assert train(arguments) == 0
+    for name in ("loss", "logit_scale", "grad_norm"):
+        assert [line[name] for line in read_metrics(run)] == [line[name] for line in straight], name
+    assert (run / "checkpoints/step-00000008/ema.safetensors").is_file()
