@@ -60,19 +60,25 @@ def start_trainer(
     return process
 
 
-def train(arguments: Sequence[str], *, world: int = 1, before: Callable[[int], None] | None = None) -> int:
+def train(
+    arguments: Sequence[str],
+    *,
+    world: int = 1,
+    before: Callable[[int], None] | None = None,
+    wait_s: float = WAIT_S,
+) -> int:
     """Train to the end on `world` ranks, and return the first exit code that is not 0."""
     port = free_port()
     ranks = [start_trainer(arguments, rank=rank, world=world, port=port, before=before) for rank in range(world)]
-    return max((finish(process) for process in ranks), key=abs)
+    return max((finish(process, wait_s) for process in ranks), key=abs)
 
 
-def finish(process: BaseProcess) -> int:
+def finish(process: BaseProcess, wait_s: float = WAIT_S) -> int:
     """Wait for a trainer; its exit code, negative for a signal."""
-    process.join(WAIT_S)
+    process.join(wait_s)
     if process.exitcode is None:
         process.kill()
-        raise AssertionError(f"the trainer was still running after {WAIT_S} s")
+        raise AssertionError(f"the trainer was still running after {wait_s} s")
     return process.exitcode
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -119,3 +120,15 @@ def test_a_sharded_run_goes_on_to_the_bit_and_loads_whole(dataset, recipe, tmp_p
     whole = [trained.load(tmp_path / name).towers.state_dict() for name in ("straight", "resumed")]
     for name, tensor in whole[0].items():
         assert torch.equal(whole[1][name], tensor), name
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on CPUs")
+def test_compiled_towers_give_the_losses_and_names_of_plain_ones(dataset, recipe, tmp_path):
+    for name in ("false", "true"):
+        arguments = [str(recipe()), str(tmp_path / name), "--data", str(dataset), "train.steps=6"]
+        assert train([*arguments, f"train.compile={name}"], wait_s=500) == 0
+    plain, compiled = ([line["loss"] for line in read_metrics(tmp_path / name)] for name in ("false", "true"))
+    assert compiled == pytest.approx(plain, rel=1e-4)
+    file = "checkpoints/step-00000006/model.safetensors"
+    assert load_file(tmp_path / "true" / file).keys() == load_file(tmp_path / "false" / file).keys()
