@@ -129,10 +129,10 @@ def _dataset(word: str) -> dict[str, Any]:
 class TokenizerConfig(Component):
     """How captions become token ids."""
 
-    kind: Literal["sentencepiece", "open_clip"] = Field(
-        "open_clip", description="a SentencePiece model of one's own, or open_clip's byte-pair encoding"
+    kind: Literal["sentencepiece", "open_clip", "huggingface"] = Field(
+        "open_clip", description="a SentencePiece model of one's own, open_clip's byte-pair encoding, or Hugging Face's"
     )
-    path: str = Field("", description="the .model file, for kind sentencepiece")
+    path: str = Field("", description="the .model file; for kind huggingface a folder, or a name on its hub")
 
 
 class ModelConfig(Component):

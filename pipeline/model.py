@@ -114,6 +114,9 @@ def check_tokenizer(config: Mapping[str, Any], *, vocab_size: int, end_id: int |
         embeddings, where = int(theirs.vocab_size), f"vocab_size of {hf_name}"
         if theirs.pad_token_id != pad_id:
             raise ModelError(f"pad_token_id of {hf_name} is {theirs.pad_token_id}, the tokenizer pads with {pad_id}.")
+        length, positions = int(text_cfg.get("context_length", 77)), getattr(theirs, "max_position_embeddings", None)
+        if positions is not None and length > positions:
+            raise ModelError(f"text_cfg.context_length is {length}; {hf_name!r} has {positions} positions. Lower it.")
     else:
         embeddings, where = int(text_cfg.get("vocab_size", 49408)), "text_cfg.vocab_size"
         _check_pooling(text_cfg, vocab_size, end_id, pad_id)

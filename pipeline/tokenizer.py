@@ -1,12 +1,13 @@
-"""Captions → token ids: a SentencePiece model or open_clip's byte-pair encoding behind one call.
+"""Captions → token ids behind one call: by a SentencePiece model, open_clip's byte-pair encoding, or Hugging Face's.
 
 Both are called as `tokenize(texts) -> (B, L) int64`, L = context length, and cut what is too long.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,8 +17,10 @@ import torch
 from torch import Tensor
 
 from data_prep.record import DataError
+from pipeline.model import check_tokenizer
 
-MODEL_FILE = "sentencepiece.model"
+# What a run keeps of its tokenizer, in RUN/tokenizer.
+FILES = {"sentencepiece": "sentencepiece.model", "huggingface": "huggingface", "open_clip": ""}
 # Words whose ids open_clip's tokenizer keeps at hand.
 REMEMBERED = 100_000
 
@@ -31,6 +34,12 @@ class Tokenizer(Protocol):
 
     context_length: int
     vocab_size: int
+    pad_id: int
+
+    @property
+    def end_id(self) -> int | None:
+        """What stands behind a text."""
+        ...
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """(B,) texts → (B, L) int64."""
@@ -59,17 +68,17 @@ class SentencePieceTokenizer:
         except (RuntimeError, OSError) as error:
             raise TokenizerError(f"{self.path}: not a SentencePiece model ({error}).") from None
         self.vocab_size: int = self.pieces.vocab_size()
-        self.pad_id, self.bos_id, self.eos_id = self.pieces.pad_id(), self.pieces.bos_id(), self.pieces.eos_id()
-        if min(self.pad_id, self.bos_id, self.eos_id) < 0:
+        self.pad_id, self.bos_id, self.end_id = self.pieces.pad_id(), self.pieces.bos_id(), self.pieces.eos_id()
+        if min(self.pad_id, self.bos_id, self.end_id) < 0:
             raise TokenizerError(
-                f"{self.path}: has no pad, bos or eos piece (ids {self.pad_id}, {self.bos_id}, {self.eos_id}). "
+                f"{self.path}: has no pad, bos or eos piece (ids {self.pad_id}, {self.bos_id}, {self.end_id}). "
                 "Train it with `python -m data_prep vocabulary`, which reserves them."
             )
         self._clean = get_clean_fn("whitespace")
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         pieces = self.pieces.encode([cleaned(text, self._clean) for text in texts])
-        return padded(pieces, self.context_length, self.bos_id, self.eos_id, self.pad_id)
+        return padded(pieces, self.context_length, self.bos_id, self.end_id, self.pad_id)
 
 
 @dataclass
@@ -83,11 +92,13 @@ class OpenClipTokenizer:
 
         self._simple = SimpleTokenizer(context_length=self.context_length)
         self.vocab_size: int = self._simple.vocab_size
+        self._start, self.end_id = self._simple.all_special_ids[:2]
+        self.pad_id = 0
         self._ids: dict[str, list[int]] = {}
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
-        start, end = self._simple.all_special_ids[:2]
-        return padded([self._encode(text) for text in texts], self.context_length, start, end, 0)
+        ids = [self._encode(text) for text in texts]
+        return padded(ids, self.context_length, self._start, self.end_id, self.pad_id)
 
     def _encode(self, text: str) -> list[int]:
         """SimpleTokenizer's ids, word by word, so that a word that has been seen costs a look-up."""
@@ -103,6 +114,49 @@ class OpenClipTokenizer:
         letters = "".join(self._simple.byte_encoder[byte] for byte in word.encode("utf-8"))
         self._ids[word] = [self._simple.encoder[piece] for piece in self._simple.bpe(letters).split(" ")]
         return self._ids[word]
+
+
+@dataclass
+class HuggingFaceTokenizer:
+    """What belongs to a Hugging Face text tower, such as BERT's; used as open_clip's HFTokenizer uses it."""
+
+    path: Path
+    context_length: int
+
+    def __post_init__(self) -> None:
+        from open_clip.tokenizer import get_clean_fn
+
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it tells of forked loader processes otherwise
+        self._theirs = _from_huggingface(str(self.path))
+        if self._theirs.pad_token_id is None:
+            raise TokenizerError(f"{self.path}: has no token to pad with. Choose another tokenizer.path.")
+        self.vocab_size: int = len(self._theirs)
+        ends = self._theirs.sep_token_id, self._theirs.eos_token_id
+        self.end_id: int | None = next((end for end in ends if end is not None), None)
+        self.pad_id: int = self._theirs.pad_token_id
+        self._clean = get_clean_fn("whitespace")
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        clean = [cleaned(text, self._clean) for text in texts]
+        limits = {"max_length": self.context_length, "padding": "max_length", "truncation": True}
+        ids: Tensor = self._theirs(clean, return_tensors="pt", **limits).input_ids
+        return ids
+
+
+def _from_huggingface(name: str) -> Any:
+    try:
+        from transformers import AutoTokenizer
+    except ImportError:
+        raise TokenizerError(
+            "tokenizer.kind huggingface needs transformers: pip install 'clip-pipeline[hf]'."
+        ) from None
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        raise TokenizerError(
+            f"tokenizer.path {name!r}: no tokenizer of Hugging Face's there ({str(error).splitlines()[0]}). Give a "
+            "name on its hub, or a folder that holds one."
+        ) from error
 
 
 def cleaned(text: str, clean: Callable[[str], str]) -> str:
@@ -123,45 +177,42 @@ def padded(pieces: Sequence[list[int]], length: int, start: int, end: int, pad: 
     return torch.from_numpy(token_BL)
 
 
-def load(kind: str, path: Path, text_cfg: dict[str, Any]) -> Tokenizer:
-    """The tokenizer of a recipe, checked against open_clip's text_cfg.
+def load(kind: str, path: Path, model_cfg: Mapping[str, Any]) -> Tokenizer:
+    """The tokenizer of a recipe, checked against open_clip's model_cfg.
+
+    Args:
+        kind: as in the recipe.
+        path: the recipe's, or what a run has kept (`kept`).
+        model_cfg: with the text tower that it is for.
 
     Raises:
-        TokenizerError: the model file is missing or malformed, its pieces outnumber the embedding, or the tower
-            would pool a token that is not the end of the text.
+        TokenizerError: it is missing or malformed.
+        ModelError: its ids outnumber the embedding, or the tower would take a token for the text that is not its end.
     """
-    context_length = int(text_cfg.get("context_length", 77))
-    if kind == "open_clip":
-        tokenizer: Tokenizer = OpenClipTokenizer(context_length)
-    else:
-        tokenizer = sentencepiece = SentencePieceTokenizer(path, context_length)
-        _check_pooling(sentencepiece, text_cfg)
-    embeddings = int(text_cfg.get("vocab_size", 49408))
-    if tokenizer.vocab_size > embeddings:
-        raise TokenizerError(
-            f"the tokenizer has {tokenizer.vocab_size} pieces, the text tower {embeddings} embeddings. "
-            f"Set model.config.text_cfg.vocab_size to {tokenizer.vocab_size}, or train a smaller vocabulary."
-        )
+    context_length = int(model_cfg["text_cfg"].get("context_length", 77))
+    makers: dict[str, Callable[[], Tokenizer]] = {
+        "sentencepiece": lambda: SentencePieceTokenizer(path, context_length),
+        "huggingface": lambda: HuggingFaceTokenizer(path, context_length),
+        "open_clip": lambda: OpenClipTokenizer(context_length),
+    }
+    tokenizer = makers[kind]()
+    check_tokenizer(model_cfg, vocab_size=tokenizer.vocab_size, end_id=tokenizer.end_id, pad_id=tokenizer.pad_id)
     return tokenizer
+
+
+def kept(kind: str, folder: Path) -> Path:
+    """Where in RUN/tokenizer a tokenizer is."""
+    return folder / FILES[kind]
 
 
 def store(kind: str, path: Path, folder: Path) -> Path:
     """Copy what a run's tokenizer needs into `folder`, and return the path to load it from."""
     folder.mkdir(parents=True, exist_ok=True)
-    target = folder / MODEL_FILE
+    target = kept(kind, folder)
     if kind == "sentencepiece" and path != target:
         if not path.is_file():
             raise TokenizerError(f"{path or 'tokenizer.path'}: no such file. The recipe names it in tokenizer.path.")
         shutil.copyfile(path, target)
+    if kind == "huggingface":
+        _from_huggingface(str(path)).save_pretrained(target)
     return target
-
-
-def _check_pooling(tokenizer: SentencePieceTokenizer, text_cfg: dict[str, Any]) -> None:
-    # open_clip's default, argmax, takes the largest id for the end of the text; in SentencePiece it is any piece.
-    pool, eos, pad = text_cfg.get("pool_type", "argmax"), text_cfg.get("eos_id", 2), text_cfg.get("pad_id", 0)
-    if pool != "eos" or eos != tokenizer.eos_id or pad != tokenizer.pad_id:
-        raise TokenizerError(
-            f"model.config.text_cfg has pool_type {pool!r}, eos_id {eos}, pad_id {pad}; with this SentencePiece model "
-            f"it must be pool_type: eos, eos_id: {tokenizer.eos_id}, pad_id: {tokenizer.pad_id}, or a wrong token "
-            "would stand for the text."
-        )

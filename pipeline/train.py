@@ -96,7 +96,9 @@ def train(recipe: Recipe, run: Path) -> str:
 
     # --- Tokenizer and towers
     model_cfg = model.model_cfg(recipe.model.name, recipe.model.config)
-    tokenize = tokenizer.load(recipe.tokenizer.kind, run / "tokenizer" / tokenizer.MODEL_FILE, model_cfg["text_cfg"])
+    tokenize = tokenizer.load(
+        recipe.tokenizer.kind, tokenizer.kept(recipe.tokenizer.kind, run / "tokenizer"), model_cfg
+    )
     memory_format = torch.channels_last if recipe.model.channels_last else torch.contiguous_format
     dtype = torch.float64 if recipe.train.precision == "fp64" else torch.float32
     towers = begin.make_towers(recipe, model_cfg, pretrained=not saved).to(device, dtype, memory_format=memory_format)

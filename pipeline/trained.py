@@ -57,7 +57,9 @@ def load(run: Path, step: int | None = None, device: torch.device | str = "cpu")
     model_cfg = model.model_cfg(recipe.model.name, recipe.model.config)
     towers = model.build(model_cfg, init_bias=recipe.loss.init_bias if recipe.loss.kind == "sigmoid" else None)
     towers.load_state_dict(saved.model)
-    tokenize = tokenizer.load(recipe.tokenizer.kind, run / "tokenizer" / tokenizer.MODEL_FILE, model_cfg["text_cfg"])
+    tokenize = tokenizer.load(
+        recipe.tokenizer.kind, tokenizer.kept(recipe.tokenizer.kind, run / "tokenizer"), model_cfg
+    )
     return TrainedModel(
         run=run,
         step=saved.step,

@@ -46,7 +46,7 @@ def write(tokenizer: SentencePieceTokenizer, folder: Path) -> None:
     scores = {piece.piece: piece.score for piece in proto.pieces if piece.type == NORMAL}
     pad, unk, bos, eos = (
         tokenizer.pieces.id_to_piece(number)
-        for number in (tokenizer.pad_id, tokenizer.pieces.unk_id(), tokenizer.bos_id, tokenizer.eos_id)
+        for number in (tokenizer.pad_id, tokenizer.pieces.unk_id(), tokenizer.bos_id, tokenizer.end_id)
     )
     fast = Tokenizer(
         models.BPE(
@@ -63,7 +63,7 @@ def write(tokenizer: SentencePieceTokenizer, folder: Path) -> None:
     )
     fast.decoder = decoders.Metaspace(replacement=SPACE, prepend_scheme="always")
     fast.post_processor = processors.TemplateProcessing(
-        single=f"{bos} $A {eos}", special_tokens=[(bos, tokenizer.bos_id), (eos, tokenizer.eos_id)]
+        single=f"{bos} $A {eos}", special_tokens=[(bos, tokenizer.bos_id), (eos, tokenizer.end_id)]
     )
     special = [AddedToken(piece, normalized=False, special=True) for piece in (pad, unk, bos, eos)]
     fast.add_special_tokens(special)

@@ -13,7 +13,7 @@ all over 2N. So the forward pass keeps 2N numbers, and the backward pass makes e
 that is four products of matrices (autograd takes six). On several, each rank makes its rows' tiles for its images and
 its columns' again for its texts: five, and only features travel, once. To sum partial gradients of all texts by a
 reduce-scatter would spare the fifth product and send twice as much with gloo (a half more on a ring): measured on two
-ranks of one machine, that is 18 % faster, its wire being memory; between machines, the wire is what is short.
+ranks of one machine, that is a fifth faster, its wire being memory; between machines, the wire is what is short.
 (`python -m tests.benchmarks.loss` measures both.)
 """
 

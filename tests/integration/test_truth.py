@@ -25,7 +25,7 @@ class Batches:
     def __init__(self, recipe, folder):
         sets = [open_tars(one.path, Cache(folder, 1 << 30)) for one in recipe.data.datasets]
         plan = begin.plan_of(recipe, sets, 1, None)
-        tokenize = tokenizer.load("open_clip", folder, recipe.model.config["text_cfg"])
+        tokenize = tokenizer.load("open_clip", folder, recipe.model.config)
         shown = recipe.data
         self.num_batches, self.num_samples = STEPS, STEPS * plan.global_batch
         self._normalize = normalizer((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711), "cpu")

@@ -15,6 +15,7 @@ from pipeline.export import open_clip as writer
 from pipeline.export import parity
 from pipeline.export import run as exporting
 from pipeline.export.huggingface_tokenizer import ExportError
+from pipeline.model import ModelError
 from pipeline.tokenizer import SentencePieceTokenizer, TokenizerError, load
 
 WORDS = ["red", "green", "Blue", "stern", "circle", "star", "straße", "naïve", "42", "left-of", "don't", "x₂"]
@@ -228,14 +229,14 @@ def test_unknown_formats_and_missing_runs_are_named(tmp_path):
     [
         ({"pool_type": "argmax"}, "pool_type"),
         ({"eos_id": 2}, "eos_id: 3"),
-        ({"vocab_size": 50}, "pieces, the text tower 50 embeddings"),
+        ({"vocab_size": 50}, "vocab_size is 50, but the tokenizer has"),
     ],
 )
 def test_a_tower_that_would_pool_the_wrong_token_is_refused(vocabulary, changes, message):
-    with pytest.raises(TokenizerError, match=message):
-        load("sentencepiece", vocabulary, {**TEXT, **EOS_POOL, **changes})
+    with pytest.raises(ModelError, match=message):
+        load("sentencepiece", vocabulary, {"text_cfg": {**TEXT, **EOS_POOL, **changes}})
 
 
 def test_a_missing_vocabulary_says_how_to_make_one(tmp_path):
     with pytest.raises(TokenizerError, match="data_prep vocabulary"):
-        load("sentencepiece", tmp_path / "none.model", {**TEXT, **EOS_POOL})
+        load("sentencepiece", tmp_path / "none.model", {"text_cfg": {**TEXT, **EOS_POOL}})
