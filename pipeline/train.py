@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline import begin, exchange, layers, model, ranks, sharding, tokenizer
 from pipeline.average import WeightAverage
@@ -235,7 +235,7 @@ def train(recipe: Recipe, run: Path) -> str:
                 image_BCSS,
                 token_BL,
                 functools.partial(LOSSES[recipe.loss.kind], key_BK=key_BK, sizes=sizes, tile=recipe.loss.tile),
-                prepare=lambda image: normalize(image).to(dtype, memory_format=memory_format),
+                prepare=lambda image: normalize(image).to(dtype),
                 micro_batch=recipe.train.micro_batch_size,
                 seed=step_seed(recipe.seed, step, rank),
             )
@@ -245,7 +245,10 @@ def train(recipe: Recipe, run: Path) -> str:
             if sharded:
                 norm = sharding.finish_gradients(towers, clip_norm)
             else:
-                norm = accelerator.clip_grad_norm_(parallel.parameters(), clip_norm)
+                accelerator.unscale_gradients()
+                trained = [one for one in towers.parameters() if one.grad is not None]
+                norm = nn.utils.get_total_norm([one.grad for one in trained])
+                nn.utils.clip_grads_with_norm_(trained, clip_norm, norm)
             skipped = (~norm.isfinite()).float()
             if accelerator.scaler is None:  # else it looks for itself, and gives the optimizer the same word
                 optimizer.optimizer.found_inf = skipped
