@@ -57,7 +57,7 @@ def forward_backward(
     def parts() -> Iterator[tuple[Tensor, ...]]:
         size = micro_batch or len(image_BCSS)
         for number, (image, token) in enumerate(zip(image_BCSS.split(size), token_BL.split(size), strict=True)):
-            torch.manual_seed(seed + number)
+            _seed(image.device, seed + number)
             with accelerator.autocast():
                 features = towers(prepare(image), token)
             yield features
@@ -91,3 +91,10 @@ def forward_backward(
                 terms += [value * grad for value, grad in zip(own_temperature, grads[2:], strict=True)]
             accelerator.backward(torch.stack(terms).sum())
     return loss.detach()
+
+
+def _seed(device: torch.device, seed: int) -> None:
+    """torch.manual_seed for the CPU and this device alone: for devices that are not there it takes a millisecond."""
+    torch.default_generator.manual_seed(seed)
+    if device.type != "cpu":
+        getattr(torch, device.type).manual_seed(seed)

@@ -235,7 +235,8 @@ def train(recipe: Recipe, run: Path) -> str:
                 image_BCSS,
                 token_BL,
                 functools.partial(LOSSES[recipe.loss.kind], key_BK=key_BK, sizes=sizes, tile=recipe.loss.tile),
-                prepare=lambda image: normalize(image).to(dtype),
+                # Brought into the towers' layout while a pixel is one byte.
+                prepare=lambda image: normalize(image.contiguous(memory_format=memory_format)).to(dtype),
                 micro_batch=recipe.train.micro_batch_size,
                 seed=step_seed(recipe.seed, step, rank),
             )
