@@ -221,11 +221,12 @@ def _is_mask(index: object) -> bool:
 @contextlib.contextmanager
 def _fused_attention() -> Iterator[None]:
     """Attention that keeps no scores, as a CUDA device has it (flash or memory-efficient), and none here can choose."""
-    former, F.scaled_dot_product_attention = F.scaled_dot_product_attention, _efficient_attention
+    functional, name = vars(F), "scaled_dot_product_attention"
+    former, functional[name] = functional[name], _efficient_attention
     try:
         yield
     finally:
-        F.scaled_dot_product_attention = former
+        functional[name] = former
 
 
 def _efficient_attention(

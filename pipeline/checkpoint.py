@@ -8,13 +8,14 @@ RUN/checkpoints/BEST           the one with the highest value of a figure, where
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
 import pickle
 import shutil
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -233,7 +234,7 @@ def load(run: Path, step: int, *, weights_only: bool = False, average: bool = Fa
 
 
 def _read(folder: Path, step: int, *, optimizer: bool, averaged: bool) -> Checkpoint:
-    try:
+    with reading(folder):
         return Checkpoint(
             step=step,
             model=load_file(folder / MODEL),
@@ -242,8 +243,6 @@ def _read(folder: Path, step: int, *, optimizer: bool, averaged: bool) -> Checkp
             state=json.loads((folder / STATE).read_text(encoding="utf-8")),
             average=load_file(folder / AVERAGE) if averaged else None,
         )
-    except (*MALFORMED, OSError) as error:
-        raise _unreadable(folder, error) from error
 
 
 def verify(folder: Path) -> dict[str, str]:
@@ -252,13 +251,11 @@ def verify(folder: Path) -> dict[str, str]:
     Raises:
         CheckpointError: one is missing, or its hash differs.
     """
-    try:
+    with reading(folder):
         listed = read_checksums((folder / CHECKSUMS).read_bytes(), folder)
         for name, expected in listed.items():
             if sha256(folder / name) != expected:
                 raise CheckpointError(f"{folder / name}: its sha256 is not the one in {CHECKSUMS}.")
-    except OSError as error:
-        raise _unreadable(folder, error) from error
     return listed
 
 
@@ -268,20 +265,22 @@ def read_checksums(content: bytes, folder: Path) -> dict[str, str]:
     Raises:
         CheckpointError: it is not such a table, lacks a checkpoint's files, or names one that lies elsewhere.
     """
-    try:
-        listed = json.loads(content)
-        good = all(Path(name).name == name for name in listed) and (
-            listed.keys() >= {MODEL, OPTIMIZER, STATE} or (STATE in listed and any(map(is_shard, listed)))
-        )
-    except MALFORMED as error:
-        raise _unreadable(folder / CHECKSUMS, error) from error
-    if not good:
+    with reading(folder / CHECKSUMS):
+        listed = dict(json.loads(content).items())
+    sharded = STATE in listed and any(map(is_shard, listed))
+    if not (sharded or listed.keys() >= {MODEL, OPTIMIZER, STATE}) or any(Path(name).name != name for name in listed):
         raise CheckpointError(f"{folder / CHECKSUMS}: does not list the files of a checkpoint; found {sorted(listed)}.")
-    return dict(listed)
+    return listed
 
 
-def _unreadable(path: Path, error: BaseException) -> CheckpointError:
-    return CheckpointError(f"{path}: cannot be read ({(str(error) or type(error).__name__).splitlines()[0]}).")
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """What cannot be read or parsed meanwhile is a CheckpointError."""
+    try:
+        yield
+    except (*MALFORMED, OSError) as error:
+        why = (str(error) or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"{path}: cannot be read ({why}).") from error
 
 
 def is_whole(run: Path, step: int, known: dict[int, bool]) -> bool:

@@ -103,16 +103,12 @@ def load_sharded(
     """
     folder = run / "checkpoints" / folder_name(step)
     state = exchange.from_main(lambda: _verified_state(folder))
-    groups = state.pop(GROUPS)
+    groups = _groups(state)
     tensors, _ = _content(towers, optimizer, average)
     exchange.together(lambda: _read(tensors, folder, no_dist=False))
     weights: dict[str, Any] = dict(_under(MODEL, tensors))
     set_model_state_dict(towers, weights)
-    moments: dict[str, Any] = {}
-    for place, tensor in _under(OPTIMIZER, tensors).items():
-        name, _, key = place.rpartition(".")
-        moments.setdefault(name, {})[key] = tensor
-    set_optimizer_state_dict(towers, optimizer, {"state": moments, "param_groups": groups})
+    set_optimizer_state_dict(towers, optimizer, {"state": _moments(tensors), "param_groups": groups})
     return state
 
 
@@ -128,23 +124,18 @@ def consolidate(folder: Path) -> Checkpoint:
 
 def join(folder: Path) -> Checkpoint:
     """As `consolidate`, of files that have been verified."""
-    state = _state(folder)
-    groups = state.pop(GROUPS)
-    known: dict[str, Any] = dict(HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata)
-    tensors = {name: torch.empty(found.size, dtype=found.properties.dtype) for name, found in known.items()}
-    _read(tensors, folder, no_dist=True)
-    moments = _under(OPTIMIZER, tensors)
-    # torch numbers parameters in the order of its groups.
-    names = [name for group in groups for name in group["params"]]
-    numbers = {name: number for number, name in enumerate(names)}
-    by_number: dict[int, dict[str, Tensor]] = {}
-    for place, tensor in moments.items():
-        name, _, key = place.rpartition(".")
-        by_number.setdefault(numbers[name], {})[key] = tensor
-    optimizer = {
-        "state": by_number,
-        "param_groups": [{**group, "params": [numbers[name] for name in group["params"]]} for group in groups],
-    }
+    with checkpoints.reading(folder):
+        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        groups = _groups(state)
+        known: dict[str, Any] = dict(HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata)
+        tensors = {name: torch.empty(found.size, dtype=found.properties.dtype) for name, found in known.items()}
+        _read(tensors, folder, no_dist=True)
+        # torch numbers parameters in the order of its groups.
+        numbers = {name: number for number, name in enumerate(name for group in groups for name in group["params"])}
+        optimizer = {
+            "state": {numbers[name]: moments for name, moments in _moments(tensors).items()},
+            "param_groups": [{**group, "params": [numbers[name] for name in group["params"]]} for group in groups],
+        }
     return Checkpoint(state["step"], _under(MODEL, tensors), optimizer, state, _under(AVERAGE, tensors) or None)
 
 
@@ -165,19 +156,28 @@ def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def _state(folder: Path) -> dict[str, Any]:
-    try:
-        state: dict[str, Any] = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        for group in state[GROUPS]:
-            group["betas"] = tuple(group["betas"])
-    except checkpoints.MALFORMED as error:
-        raise CheckpointError(f"{folder / STATE}: is not of sharded training ({error!r}).") from error
-    return state
+def _moments(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Parameter name → the optimizer's tensors of it, by what they are."""
+    found: dict[str, Any] = {}
+    for place, tensor in _under(OPTIMIZER, tensors).items():
+        name, _, key = place.rpartition(".")
+        found.setdefault(name, {})[key] = tensor
+    return found
+
+
+def _groups(state: dict[str, Any]) -> list[dict[str, Any]]:
+    """The optimizer's groups, taken out of a saved state."""
+    groups: list[dict[str, Any]] = state.pop(GROUPS)
+    # JSON knows no tuples.
+    return [{key: tuple(value) if key == "betas" else value for key, value in group.items()} for group in groups]
 
 
 def _verified_state(folder: Path) -> dict[str, Any]:
-    checkpoints.verify(folder)
-    return _state(folder)
+    listed = checkpoints.verify(folder)
+    if not any(map(checkpoints.is_shard, listed)):
+        raise CheckpointError(f"{folder}: was not saved by sharded training; found {sorted(listed)}. Load it whole.")
+    state: dict[str, Any] = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    return state
 
 
 def _write(tensors: dict[str, Tensor], folder: Path) -> None:

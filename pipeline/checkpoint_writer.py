@@ -49,6 +49,8 @@ class Writer:
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[None] | None = None
         self._whole: dict[int, bool] = {}
+        self._best: int | None = None
+        self._spared: int | None = None
         self._said = False
 
     def save(self, checkpoint: Checkpoint) -> None:
@@ -101,24 +103,29 @@ class Writer:
             self._thread.shutdown()
             if self._copier:
                 self._copier.close()
+                if self._spared is not None:
+                    self._purge()
 
     def _write(self, checkpoint: Checkpoint) -> None:
         run = self._run
         try:
             checkpoints.publish(run, checkpoint)
             self._whole[checkpoint.step] = True
-            best = self._point_to_best() if self._keep_best else None
+            self._best = self._point_to_best() if self._keep_best else None
         except OSError as error:
             left = checkpoints.steps(run)
             raise TrainingError(
                 f"{run / 'checkpoints'}: step {checkpoint.step} could not be saved ({type(error).__name__}: {error}). "
                 f"Make room or mend the disk; the same command goes on from step {left[0] if left else 0}."
             ) from error
-        spare = {best, self._copier.copying if self._copier else None}
-        checkpoints.purge(run, self._keep, known=self._whole, spare=spare)
+        self._purge()
         if self._copier:
             present = [step for step in checkpoints.steps(run) if self._whole.get(step)]
-            self._copier.copy(present, best)
+            self._copier.copy(present, self._best)
+
+    def _purge(self) -> None:
+        self._spared = self._copier.copying if self._copier else None
+        checkpoints.purge(self._run, self._keep, known=self._whole, spare={self._best, self._spared})
 
     def _point_to_best(self) -> int | None:
         """Make BEST name the whole checkpoint with the highest figure, and return its step."""

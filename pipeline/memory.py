@@ -1,8 +1,7 @@
-"""What a rank's device memory goes to: measured on tensors without content, before any device is asked for.
+"""What a rank's device memory goes to, which part of it dominates, and how many pairs at a time fit.
 
-Weights, gradients and the optimizer are counted. Activations are measured: the towers run on fake tensors, which have
-shapes and types but no numbers, at two batch sizes; what autograd keeps, and the most that is alive beside it in both
-passes, are lines in the number of pairs. The loss follows from its tiles.
+Weights, gradients and the optimizer are counted, activations measured (pipeline.activations), and the loss follows from
+its tiles.
 
 Left out: the allocator's fragmentation (some per cent), cuDNN's and cuBLAS's workspaces, the CUDA context (half a
 gigabyte), NCCL's buffers, evaluation, what torch.compile saves, and with fsdp2 the layer that is gathered just now. DDP
@@ -14,50 +13,25 @@ sum is too high by the smaller of the two at most.
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
-import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from rich.console import Group, RenderableType
+from rich.table import Table
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from pipeline import model
+from pipeline import begin, model
+from pipeline.activations import Activations, Alive, activations, autocast
+from pipeline.config import Recipe
 from pipeline.loss.tiles import CPU_TILE, TILE
-from pipeline.model import Towers
+from pipeline.model import ModelError, Towers
 
-LOW = {"bf16": torch.bfloat16, "fp16": torch.float16}
-# Pairs of the two measurements: so many that what does not grow with them has no part in the peak.
-SIZES = 128, 256
-
-
-class Line(NamedTuple):
-    """Bytes by the number of pairs."""
-
-    fixed: float
-    per_pair: float
-
-    def at(self, pairs: int) -> float:
-        return self.fixed + self.per_pair * pairs
-
-
-class Activations(NamedTuple):
-    """What the towers need beside their weights and gradients.
-
-    Attributes:
-        kept: by autograd between the forward and the backward pass; weights' copies in low precision are in it.
-        passing: the most that is alive beside that at any time, such as a block that is being recomputed.
-    """
-
-    kept: Line
-    passing: Line
+# GB of common devices.
+GPUS = 24.0, 40.0, 80.0
 
 
 @dataclass(frozen=True)
@@ -176,68 +150,6 @@ def of_towers(
     )
 
 
-def activations(towers: Towers, context_length: int, *, precision: str, device: str) -> Activations:
-    """Measured on fake tensors; nothing is allocated, and the towers stay as they are.
-
-    A backward pass on a CUDA device needs one to be there, even without content. So what a forward pass keeps is
-    measured as on `device`, what passes as on a CPU.
-    """
-    kept: list[float] = []
-    passing: list[float] = []
-    for pairs in SIZES:
-        here = run_fake(towers, pairs, context_length, precision=precision, device="cpu")
-        passing.append(here.peak - here.kept)
-        there = here if device == "cpu" else None
-        there = there or run_fake(towers, pairs, context_length, precision=precision, device=device, backward=False)
-        kept.append(there.kept)
-    return Activations(_line(kept), _line(passing))
-
-
-def _line(found: list[float]) -> Line:
-    (first, second), (low, high) = SIZES, found
-    per_pair = (high - low) / (second - first)
-    return Line(max(0.0, low - per_pair * first), per_pair)
-
-
-class Run(NamedTuple):
-    """Bytes of one run through the towers: kept for the backward pass, and the most alive, weights aside."""
-
-    kept: float
-    peak: float
-
-
-def run_fake(
-    towers: Towers, pairs: int, context_length: int, *, precision: str, device: str, backward: bool = True
-) -> Run:
-    """One forward and backward pass on fake tensors of a device."""
-    with FakeTensorMode(), torch.random.fork_rng(devices=[]):
-        return run(_blank(towers, device, precision), pairs, context_length, precision=precision, backward=backward)
-
-
-def run(towers: Towers, pairs: int, context_length: int, *, precision: str, backward: bool = True) -> Run:
-    """One forward and backward pass, in training mode and with gradients in place, over tensors of any kind."""
-    first = next(towers.parameters())
-    device, dtype = first.device, first.dtype
-    for parameter in towers.parameters():
-        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-    image_BCHW = torch.zeros(pairs, 3, *model.image_size(towers), dtype=dtype, device=device)
-    token_BL = torch.zeros(pairs, context_length, dtype=torch.long, device=device)
-    grads = [parameter.grad for parameter in towers.parameters()]
-    held = {_key(value) for value in (*towers.parameters(), *towers.buffers(), *grads) if value is not None}
-    kept, alive = _Kept(held), _Alive(held)
-    attention = _fused_attention() if device.type == "cuda" else contextlib.nullcontext()
-    with torch.enable_grad(), alive, attention, _Unmasked():
-        with torch.autograd.graph.saved_tensors_hooks(kept.pack, kept.unpack), _autocast(device.type, precision):
-            image_BD, text_BD, *_ = towers(image_BCHW, token_BL)
-        del image_BCHW
-        found = kept.bytes()
-        if backward:
-            total = image_BD.sum() + text_BD.sum()
-            del image_BD, text_BD
-            total.backward()
-    return Run(found, alive.most)
-
-
 def loss_bytes(pairs: int, every: int, width: int, *, precision: str, tile: int | None, device: str) -> float:
     """What pipeline.loss needs at its peak, in the backward pass.
 
@@ -264,8 +176,8 @@ def open_clip_loss_bytes(pairs: int, every: int, width: int, *, precision: str) 
     """What open_clip's ClipLoss (local_loss, gather_with_grad) needs in its forward pass, features of all included."""
     with FakeTensorMode(), torch.enable_grad():
         image_BD, text_BD = (torch.zeros(pairs, width, device="cuda", requires_grad=True) for _ in range(2))
-        scale, alive = torch.ones((), device="cuda", requires_grad=True), _Alive(set())
-        with alive, _autocast("cuda", precision):
+        scale, alive = torch.ones((), device="cuda", requires_grad=True), Alive(set())
+        with alive, autocast("cuda", precision):
             sides = [(image_BD, text_BD), (text_BD, image_BD)]
             gathered = [other.new_zeros(every, width) if every > pairs else other for _, other in sides]
             label_B = torch.arange(pairs, device="cuda")
@@ -275,134 +187,92 @@ def open_clip_loss_bytes(pairs: int, every: int, width: int, *, precision: str) 
     return alive.most
 
 
-def _blank(towers: Towers, device: str, precision: str) -> Towers:
-    """A copy in training mode whose weights are fake tensors of that device."""
-    memo: dict[int, Any] = {}
-    for tensor in (*towers.parameters(), *towers.buffers()):
-        wide = torch.float64 if precision == "fp64" and tensor.is_floating_point() else tensor.dtype
-        blank = torch.empty(tensor.shape, dtype=wide, device=device)
-        # deepcopy takes a tensor that it finds in its memo instead of copying one.
-        memo[id(tensor)] = nn.Parameter(blank, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else blank
-    return copy.deepcopy(towers, memo).train()
+def of_recipe(recipe: Recipe, world: int) -> Memory:
+    """The memory of one of `world` ranks.
 
-
-@contextlib.contextmanager
-def _autocast(device: str, precision: str) -> Iterator[None]:
-    """torch.autocast, which for itself refuses a device that is not there."""
-    if precision not in LOW:
-        yield
-        return
-    former = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-    torch.set_autocast_enabled(device, True)
-    torch.set_autocast_dtype(device, LOW[precision])
-    torch.autocast_increment_nesting()
-    try:
-        yield
-    finally:
-        if torch.autocast_decrement_nesting() == 0:
-            torch.clear_autocast_cache()
-        torch.set_autocast_enabled(device, former[0])
-        torch.set_autocast_dtype(device, former[1])
-
-
-def _key(tensor: Tensor) -> int:
-    """Equal for tensors that share memory, as long as one of them is alive."""
-    return tensor.untyped_storage()._cdata
-
-
-class _Saved:
-    """A tensor that autograd keeps; gone with the graph that asked for it."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-
-
-class _Kept:
-    """Hooks that see what autograd keeps, `held` aside."""
-
-    def __init__(self, held: set[int]) -> None:
-        self._held, self._saved = held, weakref.WeakSet[_Saved]()
-
-    def pack(self, tensor: Tensor) -> _Saved:
-        self._saved.add(saved := _Saved(tensor))
-        return saved
-
-    @staticmethod
-    def unpack(saved: _Saved) -> Tensor:
-        return saved.tensor
-
-    def bytes(self) -> int:
-        """Of distinct memory."""
-        found = {_key(saved.tensor): saved.tensor.untyped_storage().nbytes() for saved in self._saved}
-        return sum(size for key, size in found.items() if key not in self._held)
-
-
-class _Alive(TorchDispatchMode):
-    """Counts the memory that operations make and that is still referred to, `held` aside."""
-
-    def __init__(self, held: set[int]) -> None:
-        super().__init__()
-        self._known, self._now, self.most = set(held), 0, 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        made = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(made):
-            if isinstance(tensor, Tensor) and (key := _key(tensor)) not in self._known:
-                storage = tensor.untyped_storage()
-                self._known.add(key)
-                self._now += storage.nbytes()
-                self.most = max(self.most, self._now)
-                weakref.finalize(storage, self._gone, key, storage.nbytes())
-        return made
-
-    def _gone(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self._now -= size
-
-
-class _Unmasked(TorchFunctionMode):
-    """Takes all rows where a mask picks some: how many those are is not known of a mask without content.
-
-    (open_clip's Hugging Face towers leave one token out that way, from an output that nothing here uses.)
+    Raises:
+        ModelError: a model that cannot be built, or not be trained as the recipe says.
     """
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        if func is Tensor.__getitem__ and isinstance(args[1], tuple):
-            args = args[0], tuple(slice(None) if _is_mask(index) else index for index in args[1])
-        return func(*args, **(kwargs or {}))
-
-
-def _is_mask(index: object) -> bool:
-    return isinstance(index, FakeTensor) and index.dtype == torch.bool
-
-
-@contextlib.contextmanager
-def _fused_attention() -> Iterator[None]:
-    """Attention that keeps no scores, as a CUDA device has it (flash or memory-efficient), and none here can choose."""
-    former, F.scaled_dot_product_attention = F.scaled_dot_product_attention, _efficient_attention
-    try:
-        yield
-    finally:
-        F.scaled_dot_product_attention = former
+    model_cfg = model.model_cfg(recipe.model.name, recipe.model.config)
+    device = "cpu" if recipe.train.device == "cpu" else "cuda"
+    return of_towers(
+        towers_without_numbers(recipe, model_cfg),
+        width=int(model_cfg["embed_dim"]),
+        context_length=int(model_cfg["text_cfg"].get("context_length", 77)),
+        precision=recipe.train.precision,
+        pairs=-(-recipe.train.batch_size // world),
+        world=world,
+        micro_batch=recipe.train.micro_batch_size,
+        average=recipe.optim.ema is not None,
+        sharded=recipe.train.sharding == "fsdp2",
+        tile=recipe.loss.tile,
+        device=device,
+    )
 
 
-def _efficient_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    **_: Any,
-) -> Tensor:
-    if torch.is_autocast_enabled("cuda"):
-        query, key, value = (side.to(torch.get_autocast_dtype("cuda")) for side in (query, key, value))
-    if attn_mask is not None:
-        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).expand(*query.shape[:-1], key.shape[-2])
-    return torch.ops.aten._scaled_dot_product_efficient_attention(
-        query, key, value, attn_mask, True, dropout_p, is_causal
-    )[0]
+def towers_without_numbers(recipe: Recipe, model_cfg: dict[str, Any]) -> Towers:
+    """The recipe's towers on `meta`, at once; on the CPU where they compute as they are built.
+
+    Raises:
+        ModelError: as begin.make_towers.
+    """
+    with torch.random.fork_rng(devices=[]):
+        try:
+            with torch.device("meta"):
+                return begin.make_towers(recipe, model_cfg, pretrained=False)
+        except ModelError as error:
+            if not isinstance(error.__cause__, (RuntimeError, NotImplementedError)):
+                raise
+            return begin.make_towers(recipe, model_cfg, pretrained=False)
+
+
+def report(recipe: Recipe, world: int, gpu_gb: Sequence[float] = ()) -> RenderableType:
+    """Tables of what takes memory on a rank, and of how many pairs at a time fit.
+
+    Args:
+        recipe: the run's.
+        world: ranks.
+        gpu_gb: 10⁹ bytes of devices to look at; none for this machine's GPU, or some common ones.
+
+    Raises:
+        ModelError: as of_recipe.
+    """
+    switch = recipe.model.activation_checkpointing
+    by_switch: dict[bool, Memory | None] = {switch: (memory := of_recipe(recipe, world)), not switch: None}
+    changed = recipe.model.model_copy(update={"activation_checkpointing": not switch})
+    with contextlib.suppress(ModelError):  # towers that cannot do it
+        by_switch[not switch] = of_recipe(recipe.model_copy(update={"model": changed}), world)
+
+    parts = Table(f"a rank of {world}, {memory.at_a_time} of {memory.pairs} pairs at a time", box=None)
+    parts.add_column("GB", justify="right")
+    parts.add_column("of the peak", justify="right")
+    for name, size in memory.parts().items():
+        parts.add_row(name, f"{size / 1e9:.3g}", f"{size / memory.peak:.0%}")
+    parts.add_row("at the peak", f"{memory.peak / 1e9:.3g}", "", style="bold")
+    largest = max(memory.parts(), key=lambda name: memory.parts()[name])
+    width = int(model.model_cfg(recipe.model.name, recipe.model.config)["embed_dim"])
+    theirs = open_clip_loss_bytes(memory.pairs, memory.pairs * world, width, precision=recipe.train.precision)
+
+    fit = Table("GPU, GB", "largest micro-batch that fits", "with activation checkpointing", box=None)
+    for size in gpu_gb or this_gpu_gb() or GPUS:
+        found = [by_switch[value] for value in (False, True)]
+        fit.add_row(f"{size:g}", *(_largest(one, size * 1e9) for one in found))
+    kept, passing = (line.per_pair / 1e6 for line in memory.activations)
+    return Group(
+        parts,
+        f"\nMost goes to: {largest}. A pair more at a time takes {kept:.1f} MB, and {passing:.1f} MB in passing.",
+        f"open_clip's loss would take {theirs / 1e9:.3g} GB at least (local_loss, gather_with_grad).\n",
+        fit,
+    )
+
+
+def this_gpu_gb() -> list[float]:
+    """10⁹ bytes of this machine's GPU, if it has one."""
+    return [torch.cuda.get_device_properties(0).total_memory / 1e9] if torch.cuda.is_available() else []
+
+
+def _largest(memory: Memory | None, capacity: float) -> str:
+    if memory is None:
+        return "not with these towers"
+    pairs = memory.largest_micro_batch(capacity)
+    return "not one pair" if not pairs else f"all {pairs}" if pairs == memory.pairs else str(pairs)

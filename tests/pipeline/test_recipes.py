@@ -1,0 +1,78 @@
+"""The recipes that come along: each model can be built and trained as it says, on data of the size that it is for."""
+
+from __future__ import annotations
+
+import pytest
+
+from pipeline import begin, config, memory, model
+from pipeline.data.plan import Plan, Share
+from pipeline.pretrained import open_clip
+
+# Samples of the datasets that each recipe is for, and the ranks that it speaks of.
+DATA = {
+    "flickr30k_small": ([29_000], 1),
+    "coco_vit_b32": ([113_287], 8),
+    "coco_lit_b16": ([113_287], 8),
+    "cc12m_vit_b16": ([10_500_000], 16),
+    "datacomp_medium_b32": ([96_000_000], 16),
+    "vqa_mix": ([113_287, 82_783], 8),
+}
+# open_clip's own counts of parameters, or None.
+MILLIONS = {"coco_vit_b32": 151.3, "cc12m_vit_b16": 149.6, "coco_lit_b16": 195.9}
+
+
+@pytest.fixture(autouse=True)
+def no_hub(monkeypatch):
+    """bert-base-uncased's description as transformers knows it by itself."""
+    from open_clip import hf_model
+    from transformers import BertConfig
+
+    monkeypatch.setattr(hf_model.AutoConfig, "from_pretrained", lambda name: BertConfig())
+
+
+def test_every_recipe_is_looked_at():
+    assert {path.stem for path in config.RECIPES.glob("*.yaml")} == {*DATA, "demo"}
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_its_model_can_be_built_and_trained(name):
+    recipe = config.load(name)
+    model_cfg = model.model_cfg(recipe.model.name, recipe.model.config)
+    towers = memory.towers_without_numbers(recipe, model_cfg)
+    assert all(value.is_meta for value in towers.parameters())
+    sizes = [(value.numel(), value.requires_grad) for value in towers.parameters()]
+    if name in MILLIONS:
+        assert sum(size for size, _ in sizes) / 1e6 == pytest.approx(MILLIONS[name], abs=0.15)
+    assert any(trains for _, trains in sizes)
+    if recipe.model.pretrained:
+        assert open_clip.get_pretrained_cfg(recipe.model.name, recipe.model.pretrained)
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_its_plan_can_be_made(name):
+    sizes, world = DATA[name]
+    recipe = config.load(name)
+    shares = [Share(str(size), [size // 100] * 100) for size in sizes]
+    plan = Plan(
+        shares, seed=0, global_batch=recipe.train.batch_size, lanes=recipe.data.lanes or 1, tail=recipe.data.tail
+    )
+    total = begin.length(recipe.train, plan)
+    assert plan.global_batch % world == 0
+    assert recipe.optim.warmup_steps < total / 2
+    assert recipe.checkpoint.every_steps <= total
+
+
+@pytest.mark.parametrize("name", [*DATA, "demo"])
+def test_its_head_says_how_it_is_run_and_what_it_costs(name):
+    text = (config.RECIPES / f"{name}.yaml").read_text()
+    head = [line for line in text.splitlines() if line.startswith("#")]
+    assert any(f"pipeline train {name}" in line or f"RECIPE={name}" in line for line in head)
+    assert ("Never run" in text) != ("Cost: " in text)
+
+
+def test_the_locked_tower_of_lit_trains_its_projection_alone():
+    recipe = config.load("coco_lit_b16")
+    towers = memory.towers_without_numbers(recipe, model.model_cfg("", recipe.model.config))
+    trained = [name for name, value in towers.named_parameters() if value.requires_grad]
+    assert [name for name in trained if name.startswith("visual.trunk")] == []
+    assert "text.transformer.embeddings.word_embeddings.weight" in trained
