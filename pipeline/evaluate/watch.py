@@ -20,8 +20,8 @@ from pipeline.evaluate.run import evaluate
 log = logging.getLogger(__name__)
 
 POLL_S = 10.0
-# As the trainer's: what schedulers send before they end a job. (Ctrl-C raises by itself.)
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+# As the trainer's: what schedulers send before they end a job, and Ctrl-C, which a shell may have taken away.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 def watch(run: Path, data: Path, *, names: Sequence[str] | None = None, poll_s: float = POLL_S) -> str:

@@ -109,7 +109,7 @@ def test_changed_data_are_accepted_only_on_request_and_then_recorded(dataset, re
     data = bytearray((other / "00001.tar").read_bytes())
     data[520] ^= 1
     (other / "00001.tar").write_bytes(data)
-    kill_at_step([str(recipe()), str(run), "--data", str(first)], run, 6)
+    kill_at_step([str(recipe()), str(run), "--data", str(first)], run, 9)
     again = [str(recipe()), str(run), "--data", str(other)]
     assert train(again) == 2
     assert "fingerprint: " in verdict(run)["reason"]
