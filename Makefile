@@ -14,12 +14,12 @@ PROCESSES ?= 1
 BENCH ?= preparation loading remote plan
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo download data verify tokenizer train evaluate export report submit peers bench test test-slow lint format clean
+.PHONY: help setup demo download data verify tokenizer train evaluate export report submit plan-memory gpu-check peers bench test test-slow lint format clean
 
 need = $(if $(value $(1)),,$(error $@ needs $(1)=…, such as `make $@ $(2)`))
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
 
 setup: $(STAMP) ## create .venv and install (every target does this by itself)
 
@@ -69,6 +69,12 @@ report: $(STAMP) ## run → report.html: RUN=dir [DATA=dir]
 submit: $(STAMP) ## train on several processes: CLUSTER=local PROCESSES=2 RECIPE=name DATA=dir RUN=dir
 	$(call need,DATA,RECIPE=name DATA=dir RUN=dir)$(call need,RUN,RECIPE=name DATA=dir RUN=dir)
 	$(BIN)/python -m launch submit --cluster "$(CLUSTER)" --processes "$(PROCESSES)" --recipe "$(RECIPE)" --data "$(DATA)" --run "$(RUN)" $(ARGS)
+
+plan-memory: $(STAMP) ## what device memory goes to, and what fits: RECIPE=name ARGS="--world 8 --gpu-gb 80"
+	$(BIN)/python -m pipeline plan-memory "$(RECIPE)" $(ARGS)
+
+gpu-check: $(STAMP) ## every CUDA path on one GPU, with figures: ARGS="--out gpu-check.json"
+	$(BIN)/python -m pipeline gpu-check $(ARGS)
 
 peers: $(PEERS)/.installed ## neighbouring tools, over what .venv has, for tests and benchmarks
 

@@ -49,6 +49,9 @@ def train(
             help="Sharded datasets to train on, each with its weight (as data.datasets=…).", metavar="DIR[@WEIGHT]…"
         ),
     ] = "",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only check that it could begin: nothing is trained, RUN stays as it is.")
+    ] = False,
 ) -> None:
     """Train a recipe, or go on from the newest checkpoint in the run folder.
 
@@ -58,6 +61,12 @@ def train(
     from pipeline import config
 
     words = [*([f"data.datasets={data}"] if data else []), *(settings or [])]
+    if dry_run:
+        from pipeline.dry_run import dry_run as run_checks
+
+        if not run_checks(config.load(recipe, words), run):
+            raise typer.Exit(USER_MUST_ACT)
+        return
     with _outcome_recorded(run):
         loaded = config.load(recipe, words)
         from pipeline.train import train as run_training
@@ -127,6 +136,42 @@ def report(
     from pipeline.report import write_report
 
     write_report(run, data)
+
+
+@app.command("plan-memory")
+def plan_memory(
+    recipe: Annotated[str, typer.Argument(help="A recipe's name (see `recipes`) or a .yaml file.", metavar="RECIPE")],
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(help="Changes to the recipe, such as train.batch_size=4096.", metavar="[KEY=VALUE]…"),
+    ] = None,
+    gpu_gb: Annotated[
+        list[float] | None,
+        typer.Option(help="A device's memory in GB, repeat for several. By default this machine's, or 24, 40, 80."),
+    ] = None,
+    world: Annotated[int, typer.Option(min=1, help="Ranks that the batch is divided by.")] = 1,
+) -> None:
+    """Say what a rank's device memory goes to, and how many pairs at a time fit; no GPU is needed."""
+    from rich.console import Console
+
+    from pipeline import config, memory
+
+    Console().print(memory.report(config.load(recipe, settings or []), world, gpu_gb or ()))
+
+
+@app.command("gpu-check")
+def gpu_check(
+    out: Annotated[Path, typer.Option(help="Where the figures are written.", metavar="FILE")] = Path("gpu-check.json"),
+    device: Annotated[str, typer.Option(help="cuda; or cpu, for the same checks at a small size.")] = "cuda",
+) -> None:
+    """Run every path that needs a CUDA device, within ten minutes, and write what it measured.
+
+    Exit codes: 0 all is well; 2 there is no such device; 1 a check failed.
+    """
+    from pipeline.gpu_check import gpu_check as run_checks
+
+    if not run_checks(out, device):
+        raise typer.Exit(FAILED)
 
 
 @app.command()
