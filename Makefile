@@ -11,7 +11,9 @@ RECIPE ?= demo
 FORMATS ?= open_clip
 CLUSTER ?= local
 PROCESSES ?= 1
-BENCH ?= preparation loading remote plan
+BENCH ?= preparation loading remote plan loss trainer learning
+# Those that make their own data.
+BENCH_ALONE := plan loss learning
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo download data verify tokenizer train evaluate export report submit plan-memory gpu-check peers bench test test-slow lint format clean
@@ -87,9 +89,9 @@ $(PEERS)/.installed: tests/peers.txt $(STAMP)
 	  $(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$$site/venv.pth"; touch "$$site/wandb.py"
 	@touch $@
 
-bench: $(STAMP) ## measure beside other tools: BENCH="preparation loading remote plan" PHOTOS=dir
-	$(if $(filter-out plan,$(BENCH)),$(call need,PHOTOS,PHOTOS=dir))
-	set -e; for name in $(BENCH); do $(BIN)/python -m tests.benchmarks.$$name $$([ $$name = plan ] || echo --photos "$(PHOTOS)") $(ARGS); done
+bench: $(STAMP) ## measure beside other tools: BENCH="preparation loading remote plan loss trainer learning" PHOTOS=dir
+	$(if $(filter-out $(BENCH_ALONE),$(BENCH)),$(call need,PHOTOS,PHOTOS=dir))
+	set -e; for name in $(BENCH); do case " $(BENCH_ALONE) " in (*" $$name "*) photos=();; (*) photos=(--photos "$(PHOTOS)");; esac; $(BIN)/python -m tests.benchmarks.$$name "$${photos[@]}" $(ARGS); done
 
 test: $(STAMP) ## all tests but the slow ones
 	$(BIN)/python -m pytest -m "not slow"

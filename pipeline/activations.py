@@ -95,13 +95,13 @@ def run(towers: Towers, pairs: int, context_length: int, *, precision: str, back
     device, dtype = first.device, first.dtype
     for parameter in towers.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-    image_BCHW = torch.zeros(pairs, 3, *model.image_size(towers), dtype=dtype, device=device)
-    token_BL = torch.zeros(pairs, context_length, dtype=torch.long, device=device)
     grads = [parameter.grad for parameter in towers.parameters()]
     held = {_key(value) for value in (*towers.parameters(), *towers.buffers(), *grads) if value is not None}
     kept, alive = _Kept(held), Alive(held)
     attention = _fused_attention() if device.type == "cuda" else contextlib.nullcontext()
     with torch.enable_grad(), alive, attention, _Unmasked():
+        image_BCHW = torch.zeros(pairs, 3, *model.image_size(towers), dtype=dtype, device=device)
+        token_BL = torch.zeros(pairs, context_length, dtype=torch.long, device=device)
         with torch.autograd.graph.saved_tensors_hooks(kept.pack, kept.unpack), autocast(device.type, precision):
             image_BD, text_BD, *_ = towers(image_BCHW, token_BL)
         del image_BCHW

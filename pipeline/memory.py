@@ -165,11 +165,11 @@ def loss_bytes(pairs: int, every: int, width: int, *, precision: str, tile: int 
     tile = tile or (CPU_TILE if device == "cpu" else TILE)
     rows, columns = min(pairs, tile), min(every, tile)
     gathered = 2 * every * width * (low or wide) if every > pairs else 0
-    own = 2 * pairs * width * low
-    pulls = 2 * pairs * width * wide + rows * width * wide
+    own, side = 2 * pairs * width * low, pairs * width * wide
     # A tile's logits and weights; in bfloat16 the weights' copy too, which a CPU widens again.
     logits = rows * columns * (2 * wide + (low + (wide if device == "cpu" else 0) if low else 0))
-    return gathered + own + pulls + logits
+    # Sums of both sides grow while there are tiles; then gradients are made of them.
+    return gathered + own + max(2 * side + rows * width * wide + logits, 5 * side)
 
 
 def open_clip_loss_bytes(pairs: int, every: int, width: int, *, precision: str) -> float:

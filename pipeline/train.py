@@ -12,6 +12,7 @@ import itertools
 import json
 import logging
 import math
+import os
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -69,6 +70,8 @@ def train(recipe: Recipe, run: Path) -> str:
         TrainingError: too many non-finite steps or unreadable samples.
     """
     # --- Machine
+    if recipe.train.deterministic:  # cuBLAS reads it when CUDA starts
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     accelerator = ranks.start(
         processes=recipe.train.processes,
         cpu=recipe.train.device == "cpu",

@@ -10,6 +10,7 @@ import open_clip
 import pytest
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.state import AcceleratorState
 
 from pipeline.backward import forward_backward
 from pipeline.data.plan import rank_bounds
@@ -38,6 +39,7 @@ def gradients(rank, world, batch, micro, loss=info_nce, bias=None, dropout=0.0):
     own = slice(bounds[rank], bounds[rank + 1])
     if world > 1:  # what a launcher says, and Accelerator reads
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1"}
+    AcceleratorState._reset_state(reset_partial_state=True)  # other tests of this process want another one
     accelerator = Accelerator(cpu=True, kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
     share = forward_backward(
         accelerator,
@@ -49,6 +51,7 @@ def gradients(rank, world, batch, micro, loss=info_nce, bias=None, dropout=0.0):
         micro_batch=micro,
         seed=7,
     )
+    AcceleratorState._reset_state(reset_partial_state=True)
     assert not share.requires_grad
     return share.item(), {name: value.grad.numpy() for name, value in towers.named_parameters()}
 

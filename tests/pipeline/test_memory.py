@@ -17,7 +17,7 @@ from pipeline.__main__ import main
 from pipeline.activations import Activations, Alive, Line, run, run_fake
 from pipeline.loss.info_nce import info_nce
 from pipeline.memory import Memory
-from tests.pipeline.test_model import CONFIGS
+from tests.pipeline.test_model import CONFIGS, TEXT
 
 LENGTH = 8
 KINDS = ["vit", "resnet", "timm vit", "timm resnet", "bert"]
@@ -48,7 +48,8 @@ def test_tensors_without_content_keep_what_real_ones_keep(towers, precision):
     planned = run_fake(towers, 3, LENGTH, precision=precision, device="cpu")
     assert all(parameter.grad is None for parameter in towers.parameters())
     real = run(towers.train(), 3, LENGTH, precision=precision)
-    assert planned.kept == pytest.approx(real.kept, rel=2e-3)  # oneDNN may lay a weight out with a few bytes more
+    # In bfloat16 a CPU keeps attention's sums, and BatchNorm's, in another type than tensors without content have.
+    assert planned.kept == pytest.approx(real.kept, rel=0 if precision == "fp32" else 1e-2)
     assert planned.peak == pytest.approx(real.peak, rel=2e-2)
     assert planned.peak > planned.kept > 1000
 
@@ -59,7 +60,7 @@ def test_a_block_that_is_recomputed_keeps_its_input_alone(towers):
     model.checkpoint_activations(towers)
     after = run_fake(towers, 16, LENGTH, precision="fp32", device="cpu")
     assert after.kept < 0.5 * before.kept
-    assert after.peak - after.kept > 0.1 * before.kept  # the block of the moment, whole
+    assert after.peak - after.kept > 0.02 * before.kept  # the block of the moment, whole
     assert after.kept == run(towers.train(), 16, LENGTH, precision="fp32").kept
 
 
@@ -80,16 +81,14 @@ def test_bytes_are_a_line_in_the_number_of_pairs(towers, device):
     assert found.kept.fixed > 0  # weights in bfloat16
 
 
-@each("vit")
-def test_on_cuda_attention_keeps_no_scores(towers):
+def test_on_cuda_attention_keeps_no_scores():
     """They would be heads × tokens² numbers a layer."""
-    attention = F.scaled_dot_product_attention
-    short, long = (
-        run_fake(towers, 8, length, precision="fp32", device="cuda", backward=False).kept for length in (4, 8)
-    )
+    attention, kept = F.scaled_dot_product_attention, {}
+    for length in (32, 64, 128):
+        towers = model.build({**CONFIGS["vit"], "text_cfg": {**TEXT, "context_length": length}})
+        kept[length] = run_fake(towers, 256, length, precision="fp32", device="cuda", backward=False).kept
     assert F.scaled_dot_product_attention is attention
-    again = run_fake(towers, 8, 6, precision="fp32", device="cuda", backward=False).kept
-    assert again == pytest.approx((short + long) / 2, rel=5e-3)  # linear in tokens
+    assert kept[128] - kept[64] == pytest.approx(2 * (kept[64] - kept[32]), rel=1e-2)
 
 
 def test_memory_that_is_given_back_counts_no_more():
@@ -114,7 +113,7 @@ def features(pairs, width, dtype=torch.float32):
 def test_the_loss_takes_what_was_planned(pairs, tile, precision):
     inputs, alive = features(pairs, 64, torch.float64 if precision == "fp64" else torch.float32), Alive(set())
     with alive, torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-        info_nce(*inputs, tile=tile).backward()
+        torch.autograd.grad(info_nce(*inputs, tile=tile), inputs)
     planned = memory.loss_bytes(pairs, pairs, 64, precision=precision, tile=tile, device="cpu")
     assert planned == pytest.approx(alive.most, rel=0.35)
 
