@@ -67,6 +67,15 @@ def write_set(folder, kind, images):
                 tar.addfile(info, io.BytesIO(data))
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """As the ranks have; with more, sums are cut differently."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     root = tmp_path_factory.mktemp("during")
