@@ -8,20 +8,20 @@ keeps the same bytes.
 from __future__ import annotations
 
 import contextlib
-import copy
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pipeline import model
+from pipeline.blank import blank_copy
 from pipeline.model import Towers
 
 LOW = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -115,13 +115,12 @@ def run(towers: Towers, pairs: int, context_length: int, *, precision: str, back
 
 def _blank(towers: Towers, device: str, precision: str) -> Towers:
     """A copy in training mode whose weights are fake tensors of that device."""
-    memo: dict[int, Any] = {}
-    for tensor in (*towers.parameters(), *towers.buffers()):
+
+    def make(tensor: Tensor) -> Tensor:
         wide = torch.float64 if precision == "fp64" and tensor.is_floating_point() else tensor.dtype
-        blank = torch.empty(tensor.shape, dtype=wide, device=device)
-        # deepcopy takes a tensor that it finds in its memo instead of copying one.
-        memo[id(tensor)] = nn.Parameter(blank, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else blank
-    return copy.deepcopy(towers, memo).train()
+        return torch.empty(tensor.shape, dtype=wide, device=device)
+
+    return blank_copy(towers, make)
 
 
 @contextlib.contextmanager

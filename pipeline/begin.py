@@ -22,7 +22,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from pipeline import checkpoint as checkpoints
 from pipeline import config, exchange, layers, model, tokenizer
-from pipeline.checkpoint_writer import fetch_copy
+from pipeline.checkpoint_copy import fetch_copy
 from pipeline.config import Recipe, TrainConfig
 from pipeline.data.plan import Plan, Share, layout
 from pipeline.data.store import ShardStore
@@ -35,13 +35,18 @@ PACKAGES = ("torch", "torchvision", "open_clip_torch", "timm", "accelerate", "nu
 log = logging.getLogger(__name__)
 
 
-def load_saved(run: Path, copy: str) -> checkpoints.Checkpoint | None:
-    """The newest whole checkpoint of a run, the same one on every rank; where it has none, that of its copy."""
+def load_saved(run: Path, copy: str, *, sharded: bool) -> checkpoints.Checkpoint | None:
+    """The newest whole checkpoint of a run, the same one on every rank; where it has none, that of its copy.
+
+    Of a sharded run it has no tensors: each rank reads its own part of them (checkpoint_sharded.load_sharded).
+    """
+    if copy:
+        exchange.from_main(lambda: fetch_copy(run, copy))
+    if sharded:
+        return exchange.from_main(lambda: checkpoints.load_newest(run, checkpoints.load_state))
     newest: list[checkpoints.Checkpoint] = []
 
     def step_on_main() -> int:
-        if copy:
-            fetch_copy(run, copy)
         if found := checkpoints.load_newest(run):
             newest.append(found)
         return newest[0].step if newest else 0
@@ -163,6 +168,22 @@ def bring_first(plan: Plan, store: ShardStore, step: int, bounds: Sequence[int],
     log.info("%d shards for the first batch are here and verified, after %.1f s", len(shards), time.monotonic() - began)
 
 
+def accepted_changes(recipe: Recipe, run: Path, plan: Plan, stream: dict[str, Any]) -> list[str]:
+    """What differs from the settings and the data that a run was begun with, and is accepted.
+
+    Raises:
+        RecipeError: something differs, and `train.accept_changes` does not say that it may.
+    """
+    found = config.changes(config.load_file(run / "config.yaml"), recipe) + plan.changes(stream)
+    if found and not recipe.train.accept_changes:
+        raise config.RecipeError(
+            f"{run} was begun with other settings or data ({'; '.join(found)}). Give those again, choose another run "
+            "folder, or accept another run than the one begun with train.accept_changes=true. What may change is "
+            f"{', '.join(config.MAY_CHANGE_ON_RESUME)}."
+        )
+    return found
+
+
 def prepare_folder(recipe: Recipe, run: Path, plan: Plan, world: int, saved: checkpoints.Checkpoint | None) -> None:
     """Write config.yaml, environment.json and the tokenizer, or check a run that goes on against what it began with.
 
@@ -173,14 +194,7 @@ def prepare_folder(recipe: Recipe, run: Path, plan: Plan, world: int, saved: che
     accepted: list[dict[str, Any]] = []
     if saved:
         accepted = json.loads((run / "environment.json").read_text(encoding="utf-8")).get("accepted_changes", [])
-        found = config.changes(config.load_file(run / "config.yaml"), recipe) + plan.changes(saved.state["stream"])
-        if found and not recipe.train.accept_changes:
-            raise config.RecipeError(
-                f"{run} was begun with other settings or data ({'; '.join(found)}). Give those again, choose another "
-                "run folder, or accept another run than the one begun with train.accept_changes=true. What may change "
-                f"is {', '.join(config.MAY_CHANGE_ON_RESUME)}."
-            )
-        if found:
+        if found := accepted_changes(recipe, run, plan, saved.state["stream"]):
             log.warning("from step %d on this is another run than the one begun: %s", saved.step, "; ".join(found))
             accepted.append({"step": saved.step, "changes": found})
         elif plan.step_of(saved.state["stream"]) != saved.step:

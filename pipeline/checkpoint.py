@@ -186,8 +186,12 @@ def steps_in(root: Path) -> list[int]:
     return sorted((int(path.parent.name.removeprefix("step-")) for path in found), reverse=True)
 
 
-def load_newest(run: Path) -> Checkpoint | None:
+def load_newest(run: Path, read: Callable[[Path, int], Checkpoint] | None = None) -> Checkpoint | None:
     """The newest checkpoint that verifies, with a warning for each newer one that does not; None if there is none.
+
+    Args:
+        run: the run folder.
+        read: how one is loaded: None for `load`, or `load_state`.
 
     Raises:
         CheckpointError: there are checkpoints and none verifies. (Starting anew would hide the damage.)
@@ -195,7 +199,7 @@ def load_newest(run: Path) -> Checkpoint | None:
     candidates = steps(run)
     for step in candidates:
         try:
-            return load(run, step)
+            return (read or load)(run, step)
         except CheckpointError as error:
             log.warning("%s Trying the one before.", error)
     if candidates:
@@ -231,6 +235,14 @@ def load(run: Path, step: int, *, weights_only: bool = False, average: bool = Fa
             )
         saved = replace(saved, model=saved.average)
     return replace(saved, optimizer={}, average=None) if weights_only else saved
+
+
+def load_state(run: Path, step: int) -> Checkpoint:
+    """As `load`, every file verified, but without tensors."""
+    folder = run / "checkpoints" / folder_name(step)
+    verify(folder)
+    with reading(folder):
+        return Checkpoint(step, {}, {}, json.loads((folder / STATE).read_text(encoding="utf-8")))
 
 
 def _read(folder: Path, step: int, *, optimizer: bool, averaged: bool) -> Checkpoint:

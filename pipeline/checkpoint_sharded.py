@@ -90,8 +90,17 @@ def load_sharded(
     optimizer: torch.optim.Optimizer,
     *,
     average: Mapping[str, Tensor] | None = None,
+    verify: bool = True,
 ) -> dict[str, Any]:
     """Bring a sharded checkpoint into a model, its optimizer and the average of its weights, in place.
+
+    Args:
+        run: the run folder.
+        step: the checkpoint's.
+        towers: after fully_shard.
+        optimizer: of their parameters.
+        average: the moving average of the weights, cut as they are.
+        verify: hash its files first; false where that has just been done.
 
     Returns:
         The `state` that was saved.
@@ -102,7 +111,7 @@ def load_sharded(
     Collective: every rank calls it.
     """
     folder = run / "checkpoints" / folder_name(step)
-    state = exchange.from_main(lambda: _verified_state(folder))
+    state = exchange.from_main(lambda: _state(folder, verify))
     groups = _groups(state)
     tensors, _ = _content(towers, optimizer, average)
     exchange.together(lambda: _read(tensors, folder, no_dist=False))
@@ -112,18 +121,12 @@ def load_sharded(
     return state
 
 
-def consolidate(folder: Path) -> Checkpoint:
-    """A sharded checkpoint as one that was never cut, in this machine's memory; by this process alone.
+def join(folder: Path) -> Checkpoint:
+    """A sharded checkpoint as one that was never cut, in this machine's memory; of verified files, by this process.
 
     Raises:
-        CheckpointError: a file is missing, its hash differs, or it does not parse.
+        CheckpointError: a file cannot be read.
     """
-    checkpoints.verify(folder)
-    return join(folder)
-
-
-def join(folder: Path) -> Checkpoint:
-    """As `consolidate`, of files that have been verified."""
     with checkpoints.reading(folder):
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
         groups = _groups(state)
@@ -172,8 +175,8 @@ def _groups(state: dict[str, Any]) -> list[dict[str, Any]]:
     return [{key: tuple(value) if key == "betas" else value for key, value in group.items()} for group in groups]
 
 
-def _verified_state(folder: Path) -> dict[str, Any]:
-    listed = checkpoints.verify(folder)
+def _state(folder: Path, verify: bool) -> dict[str, Any]:
+    listed = checkpoints.verify(folder) if verify else [path.name for path in folder.iterdir()]
     if not any(map(checkpoints.is_shard, listed)):
         raise CheckpointError(f"{folder}: was not saved by sharded training; found {sorted(listed)}. Load it whole.")
     state: dict[str, Any] = json.loads((folder / STATE).read_text(encoding="utf-8"))

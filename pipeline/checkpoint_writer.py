@@ -18,7 +18,6 @@ from torch import Tensor
 from pipeline import checkpoint as checkpoints
 from pipeline.checkpoint import BEST, MALFORMED, STATE, Checkpoint, folder_name
 from pipeline.checkpoint_copy import Copier
-from pipeline.checkpoint_copy import fetch_copy as fetch_copy
 from pipeline.failure import TrainingError
 
 log = logging.getLogger(__name__)

@@ -11,14 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import open_clip
 import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from data_prep.record import DataError
-from pipeline import begin, config, memory, model, tokenizer
+from pipeline import begin, memory, model, ranks, tokenizer
 from pipeline import checkpoint as checkpoints
 from pipeline.checkpoint import STATE, folder_name
 from pipeline.config import Recipe, RecipeError
@@ -26,6 +25,7 @@ from pipeline.data.cache import Cache
 from pipeline.data.plan import Plan
 from pipeline.data.tars import TarSet, open_tars
 from pipeline.evaluate.measures import choose, open_set
+from pipeline.pretrained import tag_of
 
 # Package → the extra of ours that installs it.
 EXTRAS = {"wandb": "wandb", "transformers": "hf"}
@@ -90,10 +90,7 @@ def _device(recipe: Recipe, world: int, found: Findings) -> None:
     name = torch.cuda.get_device_name() if cuda else "cpu"
     found.say("device", f"{name}, {recipe.train.precision}, {world} {'rank' if world == 1 else 'ranks'}")
     with found.problem_with("precision"):
-        if recipe.train.precision == "fp16" and not cuda:
-            raise RecipeError("train.precision=fp16 needs a GPU, and there is none here. Take bf16 or fp32.")
-        if recipe.train.precision == "bf16" and cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
-            raise RecipeError(f"train.precision=bf16: {name} has no bfloat16. Take fp16 or fp32.")
+        ranks.check_precision(recipe.train.precision, gpu=cuda)
 
 
 def _extras(recipe: Recipe, model_cfg: dict[str, Any], found: Findings) -> None:
@@ -150,16 +147,7 @@ def _plan(
             passes = total * places / one.shards.numbers("samples").sum()
             found.say("", f"{share.name}: {places:,} pairs of each batch, {passes:.1f} passes")
         if stream:
-            _resume(recipe, run, plan, stream)
-
-
-def _resume(recipe: Recipe, run: Path, plan: Plan, stream: dict[str, Any]) -> None:
-    changed = config.changes(config.load_file(run / "config.yaml"), recipe) + plan.changes(stream)
-    if changed and not recipe.train.accept_changes:
-        raise RecipeError(
-            f"{run} was begun with other settings or data ({'; '.join(changed)}). Give those again, choose another run "
-            "folder, or accept another run than the one begun with train.accept_changes=true."
-        )
+            begin.accepted_changes(recipe, run, plan, stream)
 
 
 def _lanes(plan: Plan) -> str:
@@ -193,13 +181,9 @@ def _towers(recipe: Recipe, model_cfg: dict[str, Any], world: int, found: Findin
 
 
 def _pretrained(recipe: Recipe, found: Findings) -> None:
-    asked, name = recipe.model.pretrained, recipe.model.name.replace("/", "-")
-    if not asked:
-        return
-    tag = bool(open_clip.get_pretrained_cfg(name, asked))
-    if not tag and not Path(asked).is_file():
-        raise RecipeError(f"model.pretrained {asked!r} is no file, and no tag of model.name {name!r}.")
-    found.say("weights", f"{asked}, {'fetched when the run begins' if tag else 'a file'}")
+    if asked := recipe.model.pretrained:
+        tag = tag_of(recipe.model.name, asked)
+        found.say("weights", f"{asked}, {'fetched when the run begins' if tag else 'a file'}")
 
 
 def _evaluation(recipe: Recipe, found: Findings) -> None:

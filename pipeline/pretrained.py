@@ -39,12 +39,8 @@ def load_pretrained(towers: Towers, config: Mapping[str, Any], *, name: str, pre
     if not pretrained:
         _load_own(towers, config)
         return
-    key = name.replace("/", "-")
-    if tag := open_clip.get_pretrained_cfg(key, pretrained):
-        _check_tag(towers, config, key, pretrained, tag)
-    elif not Path(pretrained).is_file():
-        near = nearest(pretrained, open_clip.list_pretrained_tags_by_model(key))
-        raise ModelError(f"model.pretrained {pretrained!r} is no file, and no tag of model.name {name!r}. {near}")
+    if tag := tag_of(name, pretrained):
+        _check_tag(towers, config, name.replace("/", "-"), pretrained, tag)
     try:
         path = Path(open_clip.download_pretrained(tag) if tag else pretrained)
     except REFUSED as error:
@@ -52,6 +48,20 @@ def load_pretrained(towers: Towers, config: Mapping[str, Any], *, name: str, pre
             f"{pretrained!r} cannot be fetched ({first_line(error)}). Without network, name a file."
         ) from error
     _load_whole(towers, _read_weights(path), str(path))
+
+
+def tag_of(name: str, pretrained: str) -> Mapping[str, Any]:
+    """What open_clip knows of a tag; empty for a file.
+
+    Raises:
+        ModelError: it is neither.
+    """
+    key = name.replace("/", "-")
+    tag: Mapping[str, Any] = open_clip.get_pretrained_cfg(key, pretrained) or {}
+    if not tag and not Path(pretrained).is_file():
+        near = nearest(pretrained, open_clip.list_pretrained_tags_by_model(key))
+        raise ModelError(f"model.pretrained {pretrained!r} is no file, and no tag of model.name {name!r}. {near}")
+    return tag
 
 
 def _check_tag(towers: Towers, config: Mapping[str, Any], name: str, pretrained: str, tag: Mapping[str, Any]) -> None:

@@ -73,8 +73,7 @@ def start(*, processes: int | None, cpu: bool, precision: str, timeout_s: int) -
             f"`torchrun --nproc-per-node {processes} -m pipeline train …`, or change the setting."
         )
     cpu = cpu or not torch.accelerator.is_available()
-    if cpu and precision == "fp16":
-        raise RanksError("train.precision=fp16 needs a GPU, and there is none here. Take bf16 or fp32.")
+    check_precision(precision, gpu=not cpu)
     if world > 1:
         _meet("gloo" if cpu else "cpu:gloo,cuda:nccl", timeout_s)
     accelerator = Accelerator(
@@ -85,6 +84,19 @@ def start(*, processes: int | None, cpu: bool, precision: str, timeout_s: int) -
     if accelerator.num_processes != world:
         raise RanksError(f"{world} processes were started, but only {accelerator.num_processes} joined.")
     return accelerator
+
+
+def check_precision(precision: str, *, gpu: bool) -> None:
+    """See that the device computes in a precision.
+
+    Raises:
+        RanksError: it does not.
+    """
+    if precision == "fp16" and not gpu:
+        raise RanksError("train.precision=fp16 needs a GPU, and there is none here. Take bf16 or fp32.")
+    cuda = gpu and torch.cuda.is_available()
+    if precision == "bf16" and cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise RanksError(f"train.precision=bf16: {torch.cuda.get_device_name()} has no bfloat16. Take fp16 or fp32.")
 
 
 def _meet(backend: str, timeout_s: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 import resource
@@ -15,6 +14,8 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+
+from pipeline.blank import blank_copy
 
 log = logging.getLogger(__name__)
 
@@ -90,12 +91,6 @@ class Throughput:
         if self._added == 2:
             self._steps.clear()
         self._steps.append((samples, seconds, data_wait_s))
-
-    @property
-    def samples_per_s(self) -> float:
-        """Pairs a second in the last step; 0 before the first."""
-        samples, seconds, _ = self._steps[-1] if self._steps else (0, 1.0, 0.0)
-        return samples / max(seconds, 1e-9)
 
     @property
     def smooth_samples_per_s(self) -> float:
@@ -195,12 +190,7 @@ def peak_memory_mb(device: torch.device) -> float:
 
 def _without_numbers(towers: Towers, device: str | torch.device) -> Towers:
     """A copy that trains what the towers train, with zeros (on `meta`, nothing) in place of the weights."""
-    # deepcopy takes a tensor that it finds in its memo instead of copying one.
-    memo: dict[int, Any] = {}
-    for tensor in (*towers.parameters(), *towers.buffers()):
-        blank = torch.zeros_like(tensor, device=device, requires_grad=False)
-        memo[id(tensor)] = nn.Parameter(blank, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else blank
-    copied = copy.deepcopy(towers, memo).train()
+    copied = blank_copy(towers, lambda tensor: torch.zeros_like(tensor, device=device, requires_grad=False))
     for module in copied.modules():
         for name in CHECKPOINTING:
             if getattr(module, name, False):

@@ -1,6 +1,6 @@
 """Captions → token ids behind one call: by a SentencePiece model, open_clip's byte-pair encoding, or Hugging Face's.
 
-Both are called as `tokenize(texts) -> (B, L) int64`, L = context length, and cut what is too long.
+All are called as `tokenize(texts) -> (B, L) int64`, L = context length, and cut what is too long.
 """
 
 from __future__ import annotations

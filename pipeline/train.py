@@ -88,8 +88,9 @@ def train(recipe: Recipe, run: Path) -> str:
     cache = Cache(begin.cache_folder(recipe.data.cache), int(recipe.data.cache_gb * 1e9))
     sets = exchange.from_main(lambda: [open_tars(one.path, cache) for one in recipe.data.datasets])
     store = ShardStore(sets, cache, verify=recipe.data.verify)
-    saved = begin.load_saved(run, recipe.checkpoint.copy_to)
-    step = saved.step if saved else 0
+    sharded = recipe.train.sharding == "fsdp2" and world > 1
+    saved = begin.load_saved(run, recipe.checkpoint.copy_to, sharded=sharded)
+    step = first_step = saved.step if saved else 0
     plan = begin.plan_of(recipe, sets, world, saved.state["stream"] if saved else None)
     total = begin.length(recipe.train, plan)
     bounds = rank_bounds(plan.global_batch, world)
@@ -113,7 +114,6 @@ def train(recipe: Recipe, run: Path) -> str:
     flops = flops_per_sample(towers, model.image_size(towers), tokenize.context_length) if peak else None
 
     # --- Optimizer
-    sharded = recipe.train.sharding == "fsdp2" and world > 1
     if sharded:
         sharding.shard(towers)
     groups = layers.parameter_groups(
@@ -130,7 +130,8 @@ def train(recipe: Recipe, run: Path) -> str:
     progress: dict[str, Any] = {"skipped_in_row": 0, "bad_samples": 0, "wall_s": 0.0, "symptoms": {}}
     if saved:
         if sharded:
-            load_sharded(run, step, towers, optimizer, average=average.state_dict() if average else None)
+            averaged = average.state_dict() if average else None
+            load_sharded(run, step, towers, optimizer, average=averaged, verify=False)  # load_saved has
         else:
             towers.load_state_dict(saved.model)
             optimizer.load_state_dict(saved.optimizer)
@@ -138,6 +139,7 @@ def train(recipe: Recipe, run: Path) -> str:
                 average.load_state_dict(saved.average)
         progress |= {name: saved.state[name] for name in progress}
     accelerator.ddp_handler.broadcast_buffers = bool(statistics)
+    trained = [parameter for parameter in towers.parameters() if parameter.requires_grad]
     parallel: Any = torch.compile(towers) if recipe.train.compile else towers
     if not sharded:
         parallel = accelerator.prepare_model(parallel)
@@ -250,8 +252,7 @@ def train(recipe: Recipe, run: Path) -> str:
                 norm = sharding.finish_gradients(towers, clip_norm)
             else:
                 accelerator.unscale_gradients()
-                trained = [one for one in towers.parameters() if one.grad is not None]
-                norm = nn.utils.get_total_norm([one.grad for one in trained])
+                norm = nn.utils.get_total_norm([one.grad for one in trained if one.grad is not None])
                 nn.utils.clip_grads_with_norm_(trained, clip_norm, norm)
             skipped = (~norm.isfinite()).float()
             if accelerator.scaler is None:  # else it looks for itself, and gives the optimizer the same word
@@ -340,7 +341,7 @@ def train(recipe: Recipe, run: Path) -> str:
                 stepped = time.monotonic()
                 if tracker:
                     tracker.log_evaluation(step, figures)
-                    budget.spent(stepped - began, run_seconds=stepped - started, steps=recipe.evaluate.every_steps)
+                    budget.spent(stepped - began, run_seconds=stepped - started, steps=step - first_step)
 
             # Checkpoint
             if writer:

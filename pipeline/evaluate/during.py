@@ -198,11 +198,6 @@ class Budget:
         self._limit = share
         self._seconds, self._measurements, self._warned = 0.0, 0, False
 
-    @property
-    def seconds(self) -> float:
-        """What all measurements have taken."""
-        return self._seconds
-
     def spent(self, seconds: float, *, run_seconds: float, steps: int) -> float:
         """Count one measurement, and warn if all of them have taken more than they should.
 

@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pipeline.loss.tiles import Pairs, gather, multiply, pairs, under_bfloat16, world_size
+from pipeline.loss.tiles import Pairs, apply, gather, multiply, pairs, world_size
 
 
 def info_nce(
@@ -64,11 +64,7 @@ def info_nce(
 
     Collective: every rank calls it, forward and backward; B may differ by rank.
     """
-    wide = torch.promote_types(torch.promote_types(image_BD.dtype, scale.dtype), torch.float32)
-    low = under_bfloat16(image_BD.device)
-    with torch.autocast(image_BD.device.type, enabled=False):
-        features = image_BD.to(wide), text_BD.to(wide), scale.to(wide)
-        return _InfoNCE.apply(*features, low, key_BK, decoupled, sizes, tile)
+    return apply(_InfoNCE, (image_BD, text_BD, scale), key_BK, decoupled, sizes, tile)
 
 
 class _InfoNCE(torch.autograd.Function):

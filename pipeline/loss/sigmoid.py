@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pipeline.loss.tiles import multiply, pairs, under_bfloat16, world_size
+from pipeline.loss.tiles import apply, multiply, pairs, world_size
 
 
 def sigmoid(
@@ -44,11 +44,7 @@ def sigmoid(
 
     Collective: every rank calls it; B may differ by rank.
     """
-    wide = torch.promote_types(torch.promote_types(image_BD.dtype, scale.dtype), torch.float32)
-    low = under_bfloat16(image_BD.device)
-    with torch.autocast(image_BD.device.type, enabled=False):
-        features = image_BD.to(wide), text_BD.to(wide), scale.to(wide), bias.to(wide)
-        return _Sigmoid.apply(*features, low, key_BK, sizes, tile)
+    return apply(_Sigmoid, (image_BD, text_BD, scale, bias), key_BK, sizes, tile)
 
 
 class _Sigmoid(torch.autograd.Function):

@@ -5,8 +5,9 @@ Shapes: B = pairs on this rank, N = pairs on all ranks, D = embedding width, K =
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -99,9 +100,16 @@ def pairs(
     )
 
 
-def under_bfloat16(device: torch.device) -> bool:
-    """Whether autocast to bfloat16 is on. (To float16 it changes nothing: small probabilities would be lost.)"""
-    return torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) == torch.bfloat16
+def apply(function: type[torch.autograd.Function], tensors: Sequence[Tensor], *options: Any) -> Tensor:
+    """function.apply(*tensors, low, *options) outside autocast, the tensors in float32 or wider.
+
+    `low` is whether autocast to bfloat16 was on. (To float16 it changes nothing: small probabilities would be lost.)
+    """
+    wide = functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors), torch.float32)
+    device = tensors[0].device.type
+    low = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16
+    with torch.autocast(device, enabled=False):
+        return function.apply(*(tensor.to(wide) for tensor in tensors), low, *options)
 
 
 def multiply(left: Tensor, right: Tensor) -> Tensor:

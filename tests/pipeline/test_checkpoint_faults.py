@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 
 from pipeline import checkpoint as checkpoints
-from pipeline.checkpoint_writer import Writer, fetch_copy
+from pipeline.checkpoint_copy import fetch_copy
+from pipeline.checkpoint_writer import Writer
 from pipeline.failure import TrainingError
 from tests.pipeline.test_checkpoint import assert_same, make
 from tests.processes import CONTEXT

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from pipeline import checkpoint as checkpoints
 from pipeline import checkpoint_sharded
 from pipeline.checkpoint import CheckpointError
-from pipeline.checkpoint_sharded import consolidate, load_sharded, save_sharded
+from pipeline.checkpoint_sharded import load_sharded, save_sharded
 from pipeline.failure import TrainingError
 from tests.processes import run_ranks
 
@@ -108,7 +108,7 @@ def straight(steps: int) -> tuple[nn.Module, torch.optim.Optimizer]:
 
 def test_joined_it_is_what_one_process_would_have_saved(run):
     model, optimizer = straight(STEPS)
-    for found in (consolidate(run / "checkpoints" / "step-00000003"), checkpoints.load_newest(run)):
+    for found in (checkpoints.load(run, STEPS), checkpoints.load_newest(run)):
         assert found.step == STEPS
         assert found.state == {"step": STEPS, **STATE}
         torch.testing.assert_close(found.model, dict(model.state_dict()))
@@ -207,6 +207,6 @@ def test_a_damaged_shard_is_told_of(tmp_path):
     data[-1] ^= 1
     path.write_bytes(data)
     with pytest.raises(CheckpointError, match=f"{path.name}: its sha256"):
-        consolidate(path.parent)
+        checkpoints.load(tmp_path, STEPS)
     with pytest.raises(AssertionError, match="its sha256 is not the one"):
         run_ranks(2, resume, tmp_path)

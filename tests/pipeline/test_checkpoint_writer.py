@@ -15,7 +15,8 @@ from data_prep.record import DataError
 from pipeline import checkpoint as checkpoints
 from pipeline import checkpoint_copy, checkpoint_writer
 from pipeline.checkpoint import Checkpoint, CheckpointError
-from pipeline.checkpoint_writer import Writer, fetch_copy
+from pipeline.checkpoint_copy import fetch_copy
+from pipeline.checkpoint_writer import Writer
 from pipeline.failure import TrainingError
 from tests.pipeline.test_checkpoint import assert_same, make
 

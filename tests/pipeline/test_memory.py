@@ -17,7 +17,7 @@ from pipeline.__main__ import main
 from pipeline.activations import Activations, Alive, Line, run, run_fake
 from pipeline.loss.info_nce import info_nce
 from pipeline.memory import Memory
-from tests.pipeline.test_model import CONFIGS, TEXT
+from tests.pipeline.towers import CONFIGS, TEXT
 
 LENGTH = 8
 KINDS = ["vit", "resnet", "timm vit", "timm resnet", "bert"]

@@ -43,7 +43,6 @@ def test_rates_of_a_step_and_of_the_window():
     rates = Throughput(window=2)
     for seconds, wait in ((9.0, 9.0), (4.0, 0.0), (1.0, 0.2), (3.0, 1.0)):
         rates.add(8, seconds, wait)
-    assert rates.samples_per_s == pytest.approx(8 / 3)
     assert rates.smooth_samples_per_s == pytest.approx(16 / 4)
     assert rates.data_wait_share == pytest.approx(1.2 / 4)
     assert rates.eta_s(10) == pytest.approx(20)
@@ -63,7 +62,7 @@ def test_the_first_step_counts_until_there_is_a_second():
 
 def test_before_the_first_step_nothing_is_known():
     rates = Throughput(flops_per_sample=1.0, peak_flops=1.0)
-    assert rates.samples_per_s == rates.smooth_samples_per_s == rates.data_wait_share == 0
+    assert rates.smooth_samples_per_s == rates.data_wait_share == 0
     assert rates.eta_s(5) is None
 
 
