@@ -3,7 +3,7 @@
 RUN/checkpoints/step-00001000/ model.safetensors  optimizer.pt  ema.safetensors (where weights are averaged)
                                state.json  CHECKSUMS.json (last)
 RUN/checkpoints/LATEST         the newest whole one
-RUN/checkpoints/BEST           the one with the highest value of a figure, where one was asked for
+RUN/checkpoints/BEST           the one with the best value of a figure, where one was asked for
 """
 
 from __future__ import annotations

@@ -32,8 +32,8 @@ class Writer:
     Args:
         run: the run folder.
         keep: that many of the newest whole checkpoints stay, at least two.
-        keep_best: the one with the highest value of this figure stays too, and BEST names it. It is looked for in
-            state["metrics"] and, as SET/METRIC, in RUN/eval/STEP/SET.json, which may come later.
+        keep_best: the one with the best value of this figure (see lower_is_better) stays too, and BEST names it. It is
+            looked for in state["metrics"] and, as SET/METRIC, in RUN/eval/STEP/SET.json, which may come later.
         copy_to: folder or address of this run alone that gets a copy of each; empty for none. A copy that fails is
             warned of, and tried again with the next.
 
@@ -127,7 +127,7 @@ class Writer:
         checkpoints.purge(self._run, self._keep, known=self._whole, spare={self._best, self._spared})
 
     def _point_to_best(self) -> int | None:
-        """Make BEST name the whole checkpoint with the highest figure, and return its step."""
+        """Make BEST name the whole checkpoint with the best figure, and return its step."""
         run, root = self._run, self._run / "checkpoints"
         best = next(
             (step for step in ranked(run, self._keep_best) if checkpoints.is_whole(run, step, self._whole)), None
@@ -187,9 +187,16 @@ class HostMemory:
 
 
 def ranked(run: Path, figure: str) -> list[int]:
-    """The steps of the complete checkpoints that have a figure, the highest first; of equals the newest."""
+    """The steps of the complete checkpoints that have a figure, the best first; of equals the newest."""
+    sign = -1 if lower_is_better(figure) else 1
     values = {step: figures(run, step).get(figure) for step in checkpoints.steps(run)}
-    return [step for _, step in sorted(((value, step) for step, value in values.items() if value is not None))][::-1]
+    known = ((sign * value, step) for step, value in values.items() if value is not None)
+    return [step for _, step in sorted(known, reverse=True)]
+
+
+def lower_is_better(figure: str) -> bool:
+    """Whether a better model has less of a figure, by the last part of its name: a loss, a median or mean rank."""
+    return ("_" + figure.rpartition("/")[2]).endswith(("_loss", "_rank"))
 
 
 def figures(run: Path, step: int) -> dict[str, float]:

@@ -251,8 +251,8 @@ class CheckpointConfig(Component):
     keep: Annotated[int, Field(ge=2)] = Field(3, description="newest checkpoints that are kept")
     keep_best: str = Field(
         "",
-        description="the checkpoint with the highest value of this figure is kept too, such as "
-        "flickr30k_val/image_retrieval_recall@1",
+        description="the checkpoint with the best value of this figure is kept too, such as "
+        "flickr30k_val/image_retrieval_recall@1: the highest, but of a loss and of ranks (…/loss, …_rank) the lowest",
     )
     copy_to: str = Field("", description="folder that gets a copy of each: s3://, gs://, or on another disk")
 

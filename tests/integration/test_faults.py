@@ -156,7 +156,7 @@ def test_the_best_checkpoint_is_kept_beside_the_newest(command, measured):
     arguments += [f"evaluate.data={measured}", "evaluate.every_steps=1", f"checkpoint.keep_best={figure}"]
     assert train([*arguments, "checkpoint.keep=2"]) == 0
     figures = [json.loads(line)[figure] for line in (run / "evaluations.jsonl").read_text().splitlines()]
-    best = 1 + max(range(8), key=lambda step: (figures[step], step))
+    best = 1 + min(range(8), key=lambda step: (figures[step], -step))
     kept = sorted(path.name for path in (run / "checkpoints").glob("step-*"))
     assert kept == sorted({f"step-{step:08d}" for step in (7, 8, best)})
     assert (run / "checkpoints" / "BEST").read_text() == f"step-{best:08d}"

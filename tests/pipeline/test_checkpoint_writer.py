@@ -212,6 +212,27 @@ def test_the_best_is_kept_and_named(run):
     assert pointer(run / "checkpoints", "BEST") == "step-00000007"
 
 
+@pytest.mark.parametrize(
+    ("figure", "best"),
+    [
+        ("loss", 2),
+        ("coco/loss", 2),
+        ("coco/text_retrieval_median_rank", 2),
+        ("coco/recall@1", 3),
+        ("loss/recall@1", 3),
+        ("median_rank/acc1", 3),
+        ("coco/gloss", 3),
+    ],
+)
+def test_the_name_of_a_figure_says_which_is_better(run, figure, best):
+    for step, value in ((1, 0.4), (2, 0.1), (3, 0.7)):
+        checkpoints.save(run, make(step, {figure: value}), keep=9)
+    assert checkpoint_writer.ranked(run, figure)[0] == best
+    assert checkpoint_writer.lower_is_better(figure) == (best == 2)
+    checkpoints.save(run, make(4, {figure: 0.1 if best == 2 else 0.7}), keep=9)
+    assert checkpoint_writer.ranked(run, figure)[:2] == [4, best]
+
+
 def test_a_figure_may_come_from_an_evaluation_after_the_save(run):
     with Writer(run, keep=2, keep_best=FIGURE) as writer:
         for step in (1, 2):
