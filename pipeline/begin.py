@@ -27,7 +27,7 @@ from pipeline.config import Recipe, TrainConfig
 from pipeline.data.plan import Plan, Share, layout
 from pipeline.data.store import ShardStore
 from pipeline.data.tars import TarSet
-from pipeline.pretrained import load_pretrained
+from pipeline.pretrained import load_pretrained, normalisation
 
 # Whose versions a run records.
 PACKAGES = ("torch", "torchvision", "open_clip_torch", "timm", "accelerate", "numpy", "sentencepiece")
@@ -95,6 +95,28 @@ def plan_of(recipe: Recipe, sets: Sequence[TarSet], world: int, state: Mapping[s
     )
 
 
+def resolved(recipe: Recipe, run: Path, *, begun: bool) -> Recipe:
+    """The recipe with what it leaves to others written out: how pixels are normalised.
+
+    Of a run that has begun, that is what its config.yaml says, whatever libraries or files say since.
+
+    Raises:
+        ModelError: a model or weights that are not there.
+        RecipeError: what was found is no mean or deviation.
+    """
+    asked = recipe.model
+    known: tuple[Sequence[float] | None, Sequence[float] | None]
+    if begun:
+        stored = config.load_file(run / "config.yaml").model
+        known = stored.image_mean, stored.image_std
+    else:
+        model_cfg = model.model_cfg(asked.name, asked.config)
+        known = normalisation(model_cfg, name=asked.name, pretrained=asked.pretrained)
+    values = recipe.model_dump(mode="json")
+    values["model"] |= {"image_mean": asked.image_mean or known[0], "image_std": asked.image_std or known[1]}
+    return config.parse(values, asked.name or "model.config")
+
+
 def make_towers(recipe: Recipe, model_cfg: dict[str, Any], *, pretrained: bool) -> model.Towers:
     """The recipe's towers on the CPU, freshly drawn or with the weights that it begins with.
 
@@ -109,6 +131,8 @@ def make_towers(recipe: Recipe, model_cfg: dict[str, Any], *, pretrained: bool) 
         init_scale=recipe.loss.init_scale,
         init_bias=recipe.loss.init_bias if recipe.loss.kind == "sigmoid" else None,
         patch_dropout=recipe.model.patch_dropout,
+        image_mean=recipe.model.image_mean,
+        image_std=recipe.model.image_std,
     )
     if pretrained:
         source = {"name": recipe.model.name, "pretrained": recipe.model.pretrained}

@@ -40,6 +40,7 @@ class Component(BaseModel):
 
 PositiveInt = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
 
 
 class DatasetConfig(Component):
@@ -146,6 +147,15 @@ class ModelConfig(Component):
         "",
         description="weights to begin with: open_clip's tag for the name, or a file; timm's and Hugging Face's "
         "are asked for in config (timm_model_pretrained, hf_model_pretrained)",
+    )
+    image_mean: tuple[float, float, float] | None = Field(
+        None,
+        description="mean of red, green and blue, of 0 to 1, that is taken from pixels; null: what the weights to "
+        "begin with were trained on, as open_clip knows it of a tag, timm of its tower, a model's .json file of itself "
+        "(preprocess_cfg); else OpenAI's. A run's config.yaml has what was found",
+    )
+    image_std: tuple[Positive, Positive, Positive] | None = Field(
+        None, description="standard deviation that they are divided by; null as for image_mean"
     )
     lock_image: bool = Field(False, description="keep the image tower as it was loaded (LiT)")
     unlocked_image_groups: Annotated[int, Field(ge=0)] = Field(

@@ -71,6 +71,8 @@ def look(recipe: Recipe, run: Path) -> Findings:
     found, world = Findings(), recipe.train.processes or int(os.environ.get("WORLD_SIZE", "1"))
     model_cfg: dict[str, Any] = {}
     with found.problem_with("model"):
+        if checkpoints.steps(run):
+            recipe = begin.resolved(recipe, run, begun=True)
         model_cfg = model.model_cfg(recipe.model.name, recipe.model.config)
     _device(recipe, world, found)
     _extras(recipe, model_cfg, found)

@@ -7,7 +7,7 @@ import difflib
 import json
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import open_clip
 import timm.layers
 import timm.models
 from open_clip import hf_model
+from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from open_clip.hf_model import HFTextEncoder
 from open_clip.modified_resnet import ModifiedResNet
 from open_clip.timm_model import TimmModel
@@ -53,14 +54,24 @@ def model_cfg(name: str, config: dict[str, Any]) -> dict[str, Any]:
         if key in known:
             return dict(open_clip.get_model_config(key))
         raise ModelError(f"model.name {name!r} is not one of open_clip's, nor a .json file. {nearest(key, known)}")
+    found = read_description(name)
+    found = found.get("model_cfg", found)
+    if missing := [key for key in ("embed_dim", "vision_cfg", "text_cfg") if key not in found]:
+        raise ModelError(f"model.name {name!r} lacks {', '.join(missing)}, so it is no open_clip model_cfg.")
+    return dict(found)
+
+
+def read_description(name: str) -> dict[str, Any]:
+    """What a model's .json file says: a model_cfg, or an open_clip_config.json with it and a preprocess_cfg.
+
+    Raises:
+        ModelError: it cannot be read, or holds no table.
+    """
     try:
         found = json.loads(Path(name).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ModelError(f"model.name {name!r} cannot be read as JSON ({first_line(error)}).") from error
-    found = found.get("model_cfg", found) if isinstance(found, dict) else {}
-    if missing := [key for key in ("embed_dim", "vision_cfg", "text_cfg") if key not in found]:
-        raise ModelError(f"model.name {name!r} lacks {', '.join(missing)}, so it is no open_clip model_cfg.")
-    return dict(found)
+    return found if isinstance(found, dict) else {}
 
 
 def build(
@@ -69,6 +80,8 @@ def build(
     init_scale: float = 1 / 0.07,
     init_bias: float | None = None,
     patch_dropout: float = 0.0,
+    image_mean: Sequence[float] | None = None,
+    image_std: Sequence[float] | None = None,
 ) -> Towers:
     """The two towers in float32 with freshly drawn weights (seed torch before). No weights are ever downloaded.
 
@@ -77,6 +90,8 @@ def build(
         init_scale: logit_scale = ln(init_scale).
         init_bias: logit_bias, of the sigmoid loss; None for a model that has none, whatever config says.
         patch_dropout: share of patches that the image tower leaves out in training; 0 leaves config's.
+        image_mean: of red, green and blue, of 0 to 1, in the pixels that it is given; None for OpenAI's.
+        image_std: the same.
 
     Raises:
         ModelError: open_clip, timm or transformers refuses the description, or patch dropout.
@@ -86,7 +101,12 @@ def build(
     if patch_dropout and not any(isinstance(module, PATCH_DROPOUTS) for module in towers.visual.modules()):
         raise ModelError(f"model.patch_dropout is {patch_dropout}, but {called(towers.visual)} has none. Set it to 0.")
     # open_clip's factory leaves the normalisation with the image tower; so do we.
-    open_clip.set_model_preprocess_cfg(towers, asdict(PreprocessCfg(size=towers.visual.image_size)))
+    preprocess = PreprocessCfg(
+        size=towers.visual.image_size,
+        mean=tuple(image_mean or OPENAI_DATASET_MEAN),
+        std=tuple(image_std or OPENAI_DATASET_STD),
+    )
+    open_clip.set_model_preprocess_cfg(towers, asdict(preprocess))
     return towers
 
 

@@ -5,19 +5,30 @@ from __future__ import annotations
 import functools
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import open_clip
+import timm.models
 import torch
 from open_clip import model as open_clip_model
+from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from open_clip.convert import convert_state_dict
 from safetensors.torch import load_file
 from torch import Tensor
 
 from pipeline.checkpoint import MALFORMED
-from pipeline.model import REFUSED, TEMPERATURE, ModelError, Towers, construct, first_line, nearest
+from pipeline.model import (
+    REFUSED,
+    TEMPERATURE,
+    ModelError,
+    Towers,
+    construct,
+    first_line,
+    nearest,
+    read_description,
+)
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +73,37 @@ def tag_of(name: str, pretrained: str) -> Mapping[str, Any]:
         near = nearest(pretrained, open_clip.list_pretrained_tags_by_model(key))
         raise ModelError(f"model.pretrained {pretrained!r} is no file, and no tag of model.name {name!r}. {near}")
     return tag
+
+
+def normalisation(config: Mapping[str, Any], *, name: str, pretrained: str) -> tuple[Sequence[float], Sequence[float]]:
+    """Mean and standard deviation of red, green and blue (of 0 to 1) in the pixels that a model is given.
+
+    They are those on which the weights to begin with were trained, where that is known: open_clip's tag says it, then a
+    model's .json file of itself (preprocess_cfg), then timm of its own weights. Else they are OpenAI's.
+
+    Args:
+        config: open_clip's model_cfg.
+        name: the model's, as the recipe has it; a .json file is read.
+        pretrained: as for load_pretrained.
+
+    Raises:
+        ModelError: no such tag or file.
+    """
+    known: Mapping[str, Any] = tag_of(name, pretrained) if pretrained else {}
+    if not known and name.endswith(".json"):
+        known = read_description(name).get("preprocess_cfg", {})
+    if not known and not pretrained and config["vision_cfg"].get("timm_model_pretrained"):
+        known = _timm_cfg(str(config["vision_cfg"].get("timm_model_name")))
+    return known.get("mean", OPENAI_DATASET_MEAN), known.get("std", OPENAI_DATASET_STD)
+
+
+def _timm_cfg(name: str) -> Mapping[str, Any]:
+    """What timm knows of its weights for a tower; empty for a name that building then refuses."""
+    try:
+        found = timm.models.get_pretrained_cfg(name)
+    except REFUSED:
+        return {}
+    return {} if found is None else found.to_dict()
 
 
 def _check_tag(towers: Towers, config: Mapping[str, Any], name: str, pretrained: str, tag: Mapping[str, Any]) -> None:

@@ -91,6 +91,7 @@ def train(recipe: Recipe, run: Path) -> str:
     sharded = recipe.train.sharding == "fsdp2" and world > 1
     saved = begin.load_saved(run, recipe.checkpoint.copy_to, sharded=sharded)
     step = first_step = saved.step if saved else 0
+    recipe = exchange.from_main(lambda: begin.resolved(recipe, run, begun=saved is not None))
     plan = begin.plan_of(recipe, sets, world, saved.state["stream"] if saved else None)
     total = begin.length(recipe.train, plan)
     bounds = rank_bounds(plan.global_batch, world)

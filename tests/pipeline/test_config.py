@@ -35,6 +35,7 @@ def test_defaults_are_written_out_and_read_back():
         ({"optim": {"lr": -1}}, ["optim.lr", "greater than 0", "found -1"]),
         ({"model": {"name": "a", "config": {"embed_dim": 1}}}, ["model", "not both"]),
         ({"model": {"config": {"embed_dim": 1}}}, ["lacks", "text_cfg", "vision_cfg"]),
+        ({"model": {"name": "a", "image_std": [0.5, 0, 0.5]}}, ["model.image_std.1", "greater than 0", "found 0"]),
         ({"train": {"steps": 3}}, ["train.batch_size is required"]),
         ({"data": {"fields": {"caption": 1.0}}}, ["caption", "captions", "statements"]),
         ({"data": {"crop_scale": [1.0, 0.5]}}, ["must ascend"]),

@@ -7,9 +7,11 @@ import json
 import pytest
 import sentencepiece
 import torch
+from PIL import Image
 
 from pipeline import checkpoint as checkpoints
 from pipeline import config, model
+from pipeline import trained as loading
 from pipeline.checkpoint import Checkpoint
 from pipeline.export import open_clip as writer
 from pipeline.export import parity
@@ -46,11 +48,11 @@ def train_vocabulary(path, kind="bpe", size=120, **options):
     return path
 
 
-def make_run(run, vision, text, kind, vocabulary=None):
+def make_run(run, vision, text, kind, vocabulary=None, **settings):
     """A run folder with one checkpoint of random weights."""
     recipe = config.parse(
         {
-            "model": {"config": {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}},
+            "model": {"config": {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}, **settings},
             "tokenizer": {"kind": kind},
             "train": {"steps": 1, "batch_size": 2},
         },
@@ -84,6 +86,16 @@ def test_a_bpe_model_with_a_vit_is_the_same_in_open_clip(tmp_path):
     found = exporting.export(run, formats=["open_clip"])["open_clip"]
     assert found["max_abs"] <= 1e-5
     assert found["differing_tokens"] == 0
+
+
+def test_a_normalisation_of_the_run_s_own_is_the_same_in_open_clip(tmp_path):
+    mean, std = [0.1, 0.2, 0.3], [0.4, 0.5, 0.6]
+    run = make_run(tmp_path / "run", VIT, TEXT, "open_clip", image_mean=mean, image_std=std)
+    pixel_C = loading.load(run).preprocess(Image.new("RGB", (20, 30), (255, 51, 0)))[:, 0, 0]
+    torch.testing.assert_close(pixel_C, torch.tensor([0.9 / 0.4, 0.0, -0.3 / 0.6]))
+    assert exporting.export(run, formats=["open_clip"])["open_clip"]["max_abs"] <= 1e-5
+    written = json.loads((run / "export" / "open_clip" / "open_clip_config.json").read_text())["preprocess_cfg"]
+    assert (written["mean"], written["std"]) == (mean, std)
 
 
 def test_what_differs_is_not_published(tmp_path, vocabulary, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from pipeline import model
 from pipeline.model import ModelError
-from pipeline.pretrained import load_pretrained
+from pipeline.pretrained import load_pretrained, normalisation
 from tests.pipeline.test_checkpoint import Touch
 from tests.pipeline.towers import (
     PLAIN,
@@ -23,6 +24,7 @@ from tests.pipeline.towers import (
     VIT,
     built,
     copied,
+    described,
     equal,
     kinds,
 )
@@ -108,6 +110,35 @@ def test_a_tag_s_weights_are_fetched_through_open_clip(tmp_path, monkeypatch, ca
     assert not caplog.records
     load(towers, PLAIN, "webli", "ViT-B-16-SigLIP")
     assert "normalised" in caplog.text
+
+
+HALF = [0.5, 0.5, 0.5]
+
+
+def test_pixels_are_normalised_as_the_weights_were_trained(tmp_path):
+    """What is not known is OpenAI's: also of a file's weights, and of a tower that timm only draws."""
+    openai = [list(open_clip.OPENAI_DATASET_MEAN), list(open_clip.OPENAI_DATASET_STD)]
+    described_by_file, weights = tmp_path / "model.json", tmp_path / "weights.pt"
+    described_by_file.write_text(json.dumps({"model_cfg": PLAIN, "preprocess_cfg": {"mean": HALF}}))
+    weights.touch()
+    drawn = described(timm_model_name="vit_base_patch16_224.augreg_in21k")
+    own = described(timm_model_name="vit_base_patch16_224.augreg_in21k", timm_model_pretrained=True)
+    imagenet = described(timm_model_name="convnext_tiny", timm_model_pretrained=True)
+    unknown = described(timm_model_name="convnext_tiny.none", timm_model_pretrained=True)
+    for config, name, pretrained, expected in (
+        (PLAIN, "ViT-B-16-SigLIP", "webli", [HALF, HALF]),
+        (PLAIN, "ViT-B/32", "laion2b_s34b_b79k", openai),
+        (own, "", "", [HALF, HALF]),
+        (own, "", str(weights), openai),
+        (imagenet, "", "", [[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]),
+        (drawn, "", "", openai),
+        (unknown, "", "", openai),
+        (PLAIN, str(described_by_file), str(weights), [HALF, openai[1]]),
+        (PLAIN, str(described_by_file), "", [HALF, openai[1]]),
+    ):
+        assert [*map(list, normalisation(config, name=name, pretrained=pretrained))] == expected, (name, pretrained)
+    with pytest.raises(ModelError, match="no file, and no tag"):
+        normalisation(PLAIN, name="ViT-B-32", pretrained="none")
 
 
 def test_weights_that_cannot_be_had_are_a_user_s_error(tmp_path, monkeypatch, bert):
