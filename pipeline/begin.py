@@ -96,24 +96,26 @@ def plan_of(recipe: Recipe, sets: Sequence[TarSet], world: int, state: Mapping[s
 
 
 def resolved(recipe: Recipe, run: Path, *, begun: bool) -> Recipe:
-    """The recipe with what it leaves to others written out: how pixels are normalised.
+    """The recipe with what it leaves to others written out: a model's .json file, and how pixels are normalised.
 
-    Of a run that has begun, that is what its config.yaml says, whatever libraries or files say since.
+    Of a run that has begun, that is what its config.yaml says, whatever files or libraries say since.
 
     Raises:
         ModelError: a model or weights that are not there.
         RecipeError: what was found is no mean or deviation.
     """
     asked = recipe.model
+    stored = config.load_file(run / "config.yaml").model if begun else None
     known: tuple[Sequence[float] | None, Sequence[float] | None]
-    if begun:
-        stored = config.load_file(run / "config.yaml").model
+    model_cfg = stored.config if stored and stored.name == asked.name else model.model_cfg(asked.name, asked.config)
+    if stored:
         known = stored.image_mean, stored.image_std
     else:
-        model_cfg = model.model_cfg(asked.name, asked.config)
         known = normalisation(model_cfg, name=asked.name, pretrained=asked.pretrained)
     values = recipe.model_dump(mode="json")
     values["model"] |= {"image_mean": asked.image_mean or known[0], "image_std": asked.image_std or known[1]}
+    if asked.name.endswith(".json"):
+        values["model"]["config"] = model_cfg
     return config.parse(values, asked.name or "model.config")
 
 

@@ -141,7 +141,9 @@ class ModelConfig(Component):
 
     name: str = Field("", description="an open_clip model name, such as ViT-B-32, or a .json file that describes one")
     config: dict[str, Any] = Field(
-        default_factory=dict, description="or open_clip's model_cfg itself: embed_dim, vision_cfg, text_cfg"
+        default_factory=dict,
+        description="or open_clip's model_cfg itself: embed_dim, vision_cfg, text_cfg. A run's config.yaml has both "
+        "where the name is a file's: what the file said when the run began",
     )
     pretrained: str = Field(
         "",
@@ -173,7 +175,8 @@ class ModelConfig(Component):
 
     @model_validator(mode="after")
     def _one_of_both(self) -> ModelConfig:
-        if bool(self.name) == bool(self.config):
+        from_file = self.config and self.name.endswith(".json")  # of a run; `load` takes no such recipe
+        if bool(self.name) == bool(self.config) and not from_file:
             raise ValueError("model needs either `name` or `config`, and not both")
         if self.config and (missing := {"embed_dim", "vision_cfg", "text_cfg"} - set(self.config)):
             raise ValueError(f"model.config lacks {sorted(missing)}")
@@ -327,7 +330,10 @@ def load(name: str, overrides: list[str] | None = None) -> Recipe:
     values = _read_yaml(path)
     for word in overrides or []:
         _override(values, word)
-    return parse(values, str(path))
+    recipe = parse(values, str(path))
+    if recipe.model.name and recipe.model.config:
+        raise RecipeError(f"{path}: model needs either `name` or `config`; found {recipe.model.name!r} beside config.")
+    return recipe
 
 
 def load_file(path: Path) -> Recipe:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ import yaml
 from PIL import Image
 
 from pipeline import trained as loading
+from pipeline.export.run import export
 from pipeline.tracking import read_metrics
+from tests.conftest import RECIPE
 from tests.processes import train
 
 HALF = [0.5, 0.5, 0.5]
@@ -37,6 +40,28 @@ def reason(run):
 
 def model_of(run):
     return yaml.safe_load((run / "config.yaml").read_text())["model"]
+
+
+def test_a_model_s_file_is_read_when_a_run_begins_and_never_again(start, tmp_path):
+    path, run = tmp_path / "mine.json", tmp_path / "run"
+    path.write_text(json.dumps(RECIPE["model"]["config"]))
+    named = {"model": {"name": str(path), "config": {}}}
+    assert start("straight", "train.steps=4") == 0
+    assert start("run", "train.steps=2", world=2, **named) == 0
+    assert model_of(run)["config"] == RECIPE["model"]["config"]
+    shutil.copy(path, tmp_path / "other.json")
+    path.unlink()
+    assert start("run", "train.steps=4", world=2, **named) == 0
+    assert losses(run) == pytest.approx(losses(tmp_path / "straight"), rel=1e-4)
+    trained = loading.load(run)
+    assert trained.model_cfg == RECIPE["model"]["config"]
+    assert trained.recipe.model.name == str(path)
+    assert export(run, formats=["open_clip"])["open_clip"]["max_abs"] <= 1e-5
+    other = str(tmp_path / "other.json")
+    assert start("run", "train.steps=5", model={"name": other, "config": {}}) == 2
+    assert f"model.name: {str(path)!r} -> {other!r}" in reason(run)
+    assert start("new", **named) == 2
+    assert "mine.json' cannot be read" in reason(tmp_path / "new")
 
 
 def described_by_timm(rank):

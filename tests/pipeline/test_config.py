@@ -62,6 +62,15 @@ def test_settings_override_and_are_typed(tmp_path):
         config.load(str(path), ["train.step=20"])
 
 
+def test_a_model_s_file_stands_beside_what_it_said_in_a_run_only(tmp_path):
+    path = tmp_path / "mine.yaml"
+    described = {"embed_dim": 1, "vision_cfg": {}, "text_cfg": {}}
+    path.write_text(yaml.safe_dump({**MINIMAL, "model": {"name": "mine.json", "config": described}}))
+    assert config.load_file(path).model.config == described
+    with pytest.raises(RecipeError, match=r"either `name` or `config`; found 'mine\.json' beside"):
+        config.load(str(path))
+
+
 def test_every_shipped_recipe_parses():
     names = [path.stem for path in config.RECIPES.glob("*.yaml")]
     assert "demo" in names
