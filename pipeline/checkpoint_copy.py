@@ -2,6 +2,8 @@
 
 COPY/step-00001000/…  LATEST  BEST             as in RUN/checkpoints
 COPY/config.yaml  environment.json  tokenizer/ without which a checkpoint is no run
+COPY/metrics.jsonl  evaluations.jsonl  quarantine.jsonl
+                                               up to the newest step or beyond; cut back to it when a run goes on
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from data_prep.locations import (
 from data_prep.record import DataError
 from pipeline import checkpoint as checkpoints
 from pipeline.checkpoint import BEST, CHECKSUMS, FOLDERS, KEEP_AT_LEAST, LATEST, CheckpointError, folder_name
+from pipeline.tracking import BY_STEP
 
 RUN_FILES = ("config.yaml", "environment.json", "tokenizer/*")
 SCHEMES = ("s3://", "gs://")
@@ -105,6 +108,9 @@ class Copier:
                 for path in sorted(self._run.glob(pattern)):
                     _put(path, self._root / path.relative_to(self._run).as_posix())
             self._described = True
+        for name in BY_STEP:  # before the checkpoint: where that is whole, they tell of all of its steps
+            with contextlib.suppress(FileNotFoundError):
+                _put_as_it_is(self._run / name, self._root / name)
         for step in steps:
             self.copying = step
             if step in checkpoints.steps(self._run):  # else it was removed since
@@ -138,7 +144,7 @@ class Copier:
 def fetch_copy(run: Path, copy_to: str) -> int | None:
     """Where a run has no checkpoint and its copy has one, bring the newest whole one here, and the best.
 
-    The recipe, environment and tokenizer that belong to it come along, and replace those of the run.
+    The recipe, environment, tokenizer and records that belong to it come along, and replace those of the run.
 
     Args:
         run: the run folder.
@@ -181,7 +187,7 @@ def _bring(root: Path, run: Path, step: int) -> None:
         for name, expected in listed.items():
             if _fetch(source / name, folder / name) != expected:
                 raise CheckpointError(f"{source / name}: its sha256 is not the one in {CHECKSUMS}.")
-        for pattern in RUN_FILES:
+        for pattern in (*RUN_FILES, *BY_STEP):
             for path in _glob(root, pattern):
                 _fetch(path, run / Path(pattern).with_name(path.name))
     except FileNotFoundError as error:
@@ -225,6 +231,16 @@ def _put(source: Path, target: Path) -> None:
             shutil.copyfileobj(content, file, BLOCK)
     else:
         retried(target, lambda: fs_of(target).put_file(str(source), str(target)))
+
+
+def _put_as_it_is(source: Path, target: Path) -> None:
+    """Copy a file that others add to meanwhile: an upload may not take it if its size changes."""
+    now = source.with_name(source.name + ".now")
+    shutil.copyfile(source, now)
+    try:
+        _put(now, target)
+    finally:
+        now.unlink()
 
 
 def _put_text(text: str, target: Path) -> None:

@@ -267,7 +267,9 @@ class CheckpointConfig(Component):
         description="the checkpoint with the best value of this figure is kept too, such as "
         "flickr30k_val/image_retrieval_recall@1: the highest, but of a loss and of ranks (…/loss, …_rank) the lowest",
     )
-    copy_to: str = Field("", description="folder that gets a copy of each: s3://, gs://, or on another disk")
+    copy_to: str = Field(
+        "", description="folder that gets a copy of each, and of the run's records: s3://, gs://, or on another disk"
+    )
 
 
 class EvaluateConfig(Component):

@@ -74,6 +74,17 @@ def test_the_number_of_loader_processes_may_change(straight, command, workers):
     assert history(run) == history(straight)
 
 
+def test_a_run_that_comes_back_from_its_copy_has_all_of_its_history(straight, command, tmp_path):
+    arguments, run = command
+    arguments = [*arguments, f"checkpoint.copy_to={tmp_path / 'copy'}"]
+    assert kill_at_step(arguments, run, 6, signal.SIGTERM) == 75
+    with (tmp_path / "copy" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 99}\n{"step":')  # as where it was copied later than the checkpoint
+    shutil.rmtree(run)
+    assert train(arguments) == 0
+    assert history(run) == history(straight)
+
+
 def test_a_longer_run_goes_on_from_a_finished_one(command):
     arguments, run = command
     constant = [*arguments, "optim.schedule=constant"]

@@ -70,7 +70,7 @@ def fail(_):
 def describe(run):
     """What a run folder holds beside its checkpoints."""
     (run / "tokenizer").mkdir(parents=True)
-    for name in ("config.yaml", "environment.json", "tokenizer/tokenizer.json"):
+    for name in ("config.yaml", "environment.json", "tokenizer/tokenizer.json", "metrics.jsonl", "evaluations.jsonl"):
         (run / name).write_text(f"content of {name}")
 
 
@@ -300,11 +300,33 @@ def test_a_copy_comes_back(run, copy):
     assert_same(make(3, {FIGURE: 0.2}), checkpoints.load_newest(run))
     assert names(run) == ["BEST", "LATEST", "step-00000001", "step-00000003"]
     assert (run / "tokenizer" / "tokenizer.json").read_text() == "content of tokenizer/tokenizer.json"
-    assert (run / "config.yaml").read_text() == "content of config.yaml"
+    for name in ("config.yaml", "metrics.jsonl", "evaluations.jsonl"):
+        assert (run / name).read_text() == f"content of {name}"
     with Writer(run, keep=2, keep_best=FIGURE, copy_to=copy) as writer:
         writer.save(make(4, {FIGURE: 0.1}))
     assert checkpoints.steps(run) == [4, 3, 1]
     assert checkpoints.steps_in(path_of(copy)) == [4, 3, 1]
+
+
+def test_a_copy_s_records_tell_of_all_steps_of_its_checkpoints(run, copy, monkeypatch):
+    """Also where the copy ends before the checkpoint is whole there: the records go first."""
+    run.mkdir()
+    with Writer(run, copy_to=copy) as writer:
+        for step in (1, 2):
+            with (run / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps({"step": step}) + "\n")
+            writer.save(make(step))
+    assert (path_of(copy) / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3}\n{"st')  # while it is written to
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint_copy.Copier, "_copy_step", lambda self, step: fail(step))
+        with Writer(run, copy_to=copy) as writer:
+            writer.save(make(3))
+    shutil.rmtree(run)
+    assert fetch_copy(run, copy) == 2
+    assert (run / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st'
+    assert not list(run.glob("*.now"))
 
 
 def test_a_copy_keeps_its_newest_where_the_run_has_fewer(run, tmp_path):
