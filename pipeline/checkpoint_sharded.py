@@ -32,6 +32,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from pipeline import checkpoint as checkpoints
 from pipeline import exchange
 from pipeline.checkpoint import STATE, Checkpoint, CheckpointError, folder_name
+from pipeline.checkpoint_writer import Writer
 
 # What is in the shards, by the first part of its name, and in state.json where it is no tensor.
 MODEL, AVERAGE, OPTIMIZER, GROUPS = "model.", "average.", "optimizer.", "optimizer_groups"
@@ -44,10 +45,10 @@ def save_sharded(
     optimizer: torch.optim.Optimizer,
     state: dict[str, Any],
     *,
-    keep: int,
+    writer: Writer | None,
     average: Mapping[str, Tensor] | None = None,
 ) -> Path:
-    """Save a model whose weights are cut over ranks, point LATEST to it, and remove all but the newest `keep`.
+    """Save a model whose weights are cut over ranks, and point LATEST to it; the rest is as for whole checkpoints.
 
     Where one rank cannot write its part, nothing is published.
 
@@ -57,7 +58,7 @@ def save_sharded(
         towers: after fully_shard.
         optimizer: of their parameters.
         state: as in Checkpoint; rank 0's counts.
-        keep: at least two.
+        writer: the main rank's, which sees to the best, to old checkpoints and to the copy; None on the others.
         average: the moving average of the weights, cut as they are.
 
     Raises:
@@ -74,7 +75,7 @@ def save_sharded(
         if _is_main():
             shutil.rmtree(folder, ignore_errors=True)
         raise
-    exchange.from_main(lambda: checkpoints.purge(run, keep, known={step: True}))
+    exchange.from_main(lambda: writer.published(step) if writer else None)
     return folder
 
 

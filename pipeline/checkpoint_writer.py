@@ -64,6 +64,21 @@ class Writer:
         taken = self._memory.take(checkpoint)
         self._writing = self._thread.submit(self._write, taken)
 
+    def published(self, step: int) -> None:
+        """Point to the best, remove what is old, and begin to copy, now that a step has been published.
+
+        `save` sees to it by itself; who publishes otherwise (checkpoint_sharded) calls this.
+
+        Raises:
+            OSError: BEST cannot be written.
+        """
+        self._whole[step] = True
+        self._best = self._point_to_best() if self._keep_best else None
+        self._purge()
+        if self._copier:
+            present = [step for step in checkpoints.steps(self._run) if self._whole.get(step)]
+            self._copier.copy(present, self._best)
+
     def check(self) -> None:
         """Raise what a save that has ended failed with; nothing is waited for.
 
@@ -109,18 +124,13 @@ class Writer:
         run = self._run
         try:
             checkpoints.publish(run, checkpoint)
-            self._whole[checkpoint.step] = True
-            self._best = self._point_to_best() if self._keep_best else None
+            self.published(checkpoint.step)
         except OSError as error:
             left = checkpoints.steps(run)
             raise TrainingError(
                 f"{run / 'checkpoints'}: step {checkpoint.step} could not be saved ({type(error).__name__}: {error}). "
                 f"Make room or mend the disk; the same command goes on from step {left[0] if left else 0}."
             ) from error
-        self._purge()
-        if self._copier:
-            present = [step for step in checkpoints.steps(run) if self._whole.get(step)]
-            self._copier.copy(present, self._best)
 
     def _purge(self) -> None:
         self._spared = self._copier.copying if self._copier else None

@@ -307,13 +307,8 @@ class Recipe(Component):
 
     @model_validator(mode="after")
     def _fits_sharding(self) -> Recipe:
-        unable = {
-            "train.precision=fp16": self.train.precision == "fp16",
-            "checkpoint.keep_best": self.checkpoint.keep_best,
-            "checkpoint.copy_to": self.checkpoint.copy_to,
-        }
-        if self.train.sharding == "fsdp2" and (asked := [name for name, value in unable.items() if value]):
-            raise ValueError(f"train.sharding=fsdp2 goes without {' and '.join(asked)}; leave them out, or take ddp")
+        if self.train.sharding == "fsdp2" and self.train.precision == "fp16":
+            raise ValueError("train.sharding=fsdp2 goes without train.precision=fp16; take bf16, or sharding ddp")
         return self
 
     def to_yaml(self) -> str:

@@ -359,9 +359,7 @@ def train(recipe: Recipe, run: Path) -> str:
                 }
                 averaged = average.state_dict() if average else None
                 if sharded:
-                    save_sharded(
-                        run, step, towers, optimizer.optimizer, state, keep=recipe.checkpoint.keep, average=averaged
-                    )
+                    save_sharded(run, step, towers, optimizer.optimizer, state, writer=writer, average=averaged)
                 elif writer:
                     writer.save(Checkpoint(step, towers.state_dict(), optimizer.state_dict(), state, averaged))
                 saved_at = stepped = time.monotonic()

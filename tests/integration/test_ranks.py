@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pipeline import checkpoint as checkpoints
 from pipeline.tracking import read_metrics
 from tests.processes import train
 
@@ -120,6 +121,23 @@ def test_a_sharded_run_goes_on_to_the_bit_and_loads_whole(dataset, recipe, tmp_p
     whole = [trained.load(tmp_path / name).towers.state_dict() for name in ("straight", "resumed")]
     for name, tensor in whole[0].items():
         assert torch.equal(whole[1][name], tensor), name
+
+
+def test_a_sharded_run_keeps_its_best_checkpoint_and_comes_back_from_its_copy(dataset, recipe, tmp_path):
+    path = recipe(optim={"schedule": "constant", "warmup_steps": 0}, checkpoint={"every_steps": 1, "keep": 2})
+    run, copy = tmp_path / "run", tmp_path / "copy"
+    arguments = [str(path), str(run), "--data", str(dataset), "train.sharding=fsdp2"]
+    arguments += ["checkpoint.keep_best=loss", f"checkpoint.copy_to={copy}"]
+    assert train([*arguments, "train.steps=4"], world=2) == 0
+    before = read_metrics(run)
+    shutil.rmtree(run)
+    assert train([*arguments, "train.steps=8"], world=2) == 0
+    after = read_metrics(run)
+    assert [line["step"] for line in after] == list(range(1, 9))
+    assert after[:4] == before
+    best = min(range(8), key=lambda step: (after[step]["loss"], -step)) + 1
+    assert sorted(checkpoints.steps(run)) == sorted({7, 8, best})
+    assert (copy / "BEST").read_text() == f"step-{best:08d}"
 
 
 @pytest.mark.slow

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,9 @@ from torch.distributed.fsdp import fully_shard
 from pipeline import checkpoint as checkpoints
 from pipeline import checkpoint_sharded
 from pipeline.checkpoint import CheckpointError
+from pipeline.checkpoint_copy import fetch_copy
 from pipeline.checkpoint_sharded import load_sharded, save_sharded
+from pipeline.checkpoint_writer import Writer
 from pipeline.failure import TrainingError
 from tests.processes import run_ranks
 
@@ -66,11 +70,15 @@ def average_of(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor.detach() / 2 for name, tensor in model.state_dict().items()}
 
 
+def writer_of(rank: int, run: Path, **options: str) -> Writer | None:
+    return Writer(run, keep=2, **options) if rank == 0 else None
+
+
 def save(rank: int, world: int, run: Path) -> None:
     model = shard(make(), world)
     optimizer = optimizer_of(model)
     train(model, optimizer, range(STEPS))
-    save_sharded(run, STEPS, model, optimizer, STATE, keep=2, average=average_of(model))
+    save_sharded(run, STEPS, model, optimizer, STATE, writer=writer_of(rank, run), average=average_of(model))
 
 
 def resume(rank: int, world: int, run: Path) -> dict[str, list]:
@@ -148,12 +156,34 @@ def test_one_process_goes_on_from_it(run):
     torch.testing.assert_close(dict(model.state_dict()), dict(straight(2 * STEPS)[0].state_dict()))
 
 
+def save_five(rank: int, world: int, run: Path, copy: str) -> None:
+    model = shard(make(), world)
+    optimizer = optimizer_of(model)
+    writer = writer_of(rank, run, keep_best="loss", copy_to=copy)
+    with writer or contextlib.nullcontext():
+        for step, loss in enumerate((0.5, 0.2, 0.4, 0.3, 0.6), 1):
+            train(model, optimizer, range(step - 1, step))
+            save_sharded(run, step, model, optimizer, {"metrics": {"loss": loss}}, writer=writer)
+
+
+def test_the_best_is_kept_and_copied_with_the_newest(tmp_path):
+    run, copy = tmp_path / "run", tmp_path / "copy"
+    run_ranks(2, save_five, run, str(copy))
+    for root in (run / "checkpoints", copy):
+        assert checkpoints.steps_in(root) == [5, 4, 2]
+        assert ((root / "LATEST").read_text(), (root / "BEST").read_text()) == ("step-00000005", "step-00000002")
+    shutil.rmtree(run)
+    assert fetch_copy(run, str(copy)) == 5
+    assert checkpoints.steps(run) == [5, 2]
+    torch.testing.assert_close(checkpoints.load(run, 5).model, dict(straight(5)[0].state_dict()))
+
+
 def save_with_one_failing(rank: int, world: int, run: Path, failing: int, where: str) -> str:
     """Save step 3; then, with a full disk on one rank, step 6."""
     model = shard(make(), world)
     optimizer = optimizer_of(model)
     train(model, optimizer, range(STEPS))
-    save_sharded(run, STEPS, model, optimizer, STATE, keep=2)
+    save_sharded(run, STEPS, model, optimizer, STATE, writer=writer_of(rank, run))
     if rank == failing:
 
         def full_disk(*_: object, **__: object) -> None:
@@ -169,7 +199,7 @@ def save_with_one_failing(rank: int, world: int, run: Path, failing: int, where:
         checkpoint_sharded.save = checkpoint_sharded.save if rank == failing else lambda *_, **__: None
     train(model, optimizer, range(STEPS, 2 * STEPS))
     try:
-        save_sharded(run, 2 * STEPS, model, optimizer, STATE, keep=2)
+        save_sharded(run, 2 * STEPS, model, optimizer, STATE, writer=writer_of(rank, run))
     except TrainingError as error:
         return str(error)
     return "published"

@@ -41,6 +41,10 @@ def test_defaults_are_written_out_and_read_back():
         ({"data": {"crop_scale": [1.0, 0.5]}}, ["must ascend"]),
         ({"data": {"datasets": [{"pat": "a"}]}}, ["unknown key data.datasets.0.pat", "Did you mean path"]),
         ({"data": {"datasets": "a@-1"}}, ["data.datasets.0.weight", "greater than 0"]),
+        (
+            {"train": {"steps": 3, "batch_size": 8, "sharding": "fsdp2", "precision": "fp16"}},
+            ["goes without train.precision=fp16", "bf16"],
+        ),
         ({"checkpoint": {"keep": 1}}, ["checkpoint.keep", "greater than or equal to 2"]),
     ],
 )
