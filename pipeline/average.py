@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -27,6 +28,24 @@ class WeightAverage:
         torch._foreach_lerp_(averages, weights, 1 - self.decay)
         for name in now.keys() - set(self._parameters):
             self._tensors[name].copy_(now[name])
+
+    @contextlib.contextmanager
+    def in_place_of(self, towers: Towers) -> Iterator[None]:
+        """Meanwhile the towers have the average, and this their weights; afterwards each has its own, to the bit."""
+        names = list(self._tensors)
+        self._exchange(towers, names)
+        try:
+            yield
+        finally:
+            self._exchange(towers, names[::-1])  # backwards: tied weights have several names
+
+    @torch.no_grad()
+    def _exchange(self, towers: Towers, names: Sequence[str]) -> None:
+        now = towers.state_dict()
+        for name in names:
+            own = now[name].clone()
+            now[name].copy_(self._tensors[name])
+            self._tensors[name].copy_(own)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The averaged weights by open_clip's names; the tensors themselves, not copies."""

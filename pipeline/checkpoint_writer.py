@@ -20,6 +20,9 @@ from pipeline.checkpoint import BEST, MALFORMED, STATE, Checkpoint, folder_name
 from pipeline.checkpoint_copy import Copier
 from pipeline.failure import TrainingError
 
+# What the names of figures begin with that are not of the weights but of their moving average.
+AVERAGED = "ema/"
+
 log = logging.getLogger(__name__)
 
 
@@ -33,7 +36,8 @@ class Writer:
         run: the run folder.
         keep: that many of the newest whole checkpoints stay, at least two.
         keep_best: the one with the best value of this figure (see lower_is_better) stays too, and BEST names it. It is
-            looked for in state["metrics"] and, as SET/METRIC, in RUN/eval/STEP/SET.json, which may come later.
+            looked for in state["metrics"] and, as SET/METRIC, in RUN/eval/STEP/SET.json, which may come later; as
+            ema/SET/METRIC, of the average of the weights, in RUN/eval/STEP-average/SET.json.
         copy_to: folder or address of this run alone that gets a copy of each; empty for none. A copy that fails is
             warned of, and tried again with the next.
 
@@ -212,14 +216,16 @@ def lower_is_better(figure: str) -> bool:
 def figures(run: Path, step: int) -> dict[str, float]:
     """What was measured of a checkpoint: the metrics in its state, and SET/METRIC of each RUN/eval/STEP/SET.json.
 
-    What is not a finite number is left out.
+    Those of the average of the weights, in RUN/eval/STEP-average, are ema/SET/METRIC. What is not a finite number is
+    left out.
     """
     found: dict[str, Any] = {}
     with contextlib.suppress(OSError, TypeError, *MALFORMED):
         state = json.loads((run / "checkpoints" / folder_name(step) / STATE).read_text(encoding="utf-8"))
         found |= state["metrics"]
-    for path in sorted((run / "eval" / folder_name(step)).glob("*.json")):
-        with contextlib.suppress(OSError, TypeError, *MALFORMED):
-            metrics = json.loads(path.read_text(encoding="utf-8"))["metrics"]
-            found |= {f"{path.stem}/{name}": value for name, value in metrics.items()}
+    for prefix, folder in (("", folder_name(step)), (AVERAGED, f"{folder_name(step)}-average")):
+        for path in sorted((run / "eval" / folder).glob("*.json")):
+            with contextlib.suppress(OSError, TypeError, *MALFORMED):
+                metrics = json.loads(path.read_text(encoding="utf-8"))["metrics"]
+                found |= {f"{prefix}{path.stem}/{name}": value for name, value in metrics.items()}
     return {name: value for name, value in found.items() if isinstance(value, (int, float)) and math.isfinite(value)}

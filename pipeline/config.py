@@ -265,7 +265,8 @@ class CheckpointConfig(Component):
     keep_best: str = Field(
         "",
         description="the checkpoint with the best value of this figure is kept too, such as "
-        "flickr30k_val/image_retrieval_recall@1: the highest, but of a loss and of ranks (…/loss, …_rank) the lowest",
+        "flickr30k_val/image_retrieval_recall@1: the highest, but of a loss and of ranks (…/loss, …_rank) the lowest; "
+        "with optim.ema, ema/SET/METRIC is the average's",
     )
     copy_to: str = Field(
         "", description="folder that gets a copy of each, and of the run's records: s3://, gs://, or on another disk"
@@ -277,7 +278,11 @@ class EvaluateConfig(Component):
 
     batch_size: PositiveInt = Field(256, description="images or texts at a time")
     workers: Annotated[int, Field(ge=0)] = Field(2, description="loader processes")
-    data: str = Field("", description="dataset whose evaluation sets are measured while training; empty: none are")
+    data: str = Field(
+        "",
+        description="dataset whose evaluation sets are measured while training, as SET/METRIC, and of the weights' "
+        "average (optim.ema) as ema/SET/METRIC; empty: none are",
+    )
     sets: list[str] = Field(default_factory=list, description="names of those sets; empty: all")
     every_steps: PositiveInt = Field(1000, description="steps between measurements")
     budget: Fraction = Field(0.01, description="share of the training time above which that is warned of")

@@ -20,6 +20,7 @@ from data_prep.record import DataError
 from pipeline import begin, memory, model, ranks, tokenizer
 from pipeline import checkpoint as checkpoints
 from pipeline.checkpoint import STATE, folder_name
+from pipeline.checkpoint_writer import AVERAGED
 from pipeline.config import Recipe, RecipeError
 from pipeline.data.cache import Cache
 from pipeline.data.plan import Plan
@@ -198,5 +199,9 @@ def _evaluation(recipe: Recipe, found: Findings) -> None:
                 found.say("evaluation", f"{source.name}: {len(opened.items):,} images, {len(opened.texts):,} texts")
     with found.problem_with("evaluation"):
         best = recipe.checkpoint.keep_best
-        if best and recipe.evaluate.data and known and best.rpartition("/")[0] not in known:
-            raise RecipeError(f"checkpoint.keep_best={best}: measured while training are {', '.join(known)}. Name one.")
+        measured = known + [f"{AVERAGED}{name}" for name in known if recipe.optim.ema]
+        if best and best != "loss" and recipe.evaluate.data and known and best.rpartition("/")[0] not in measured:
+            ways = "" if recipe.optim.ema else f" ({AVERAGED}… with optim.ema)"
+            raise RecipeError(
+                f"checkpoint.keep_best={best}: measured while training are {', '.join(measured)}{ways}. Name one."
+            )

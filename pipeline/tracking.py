@@ -127,7 +127,7 @@ class Tracker:
             self._tell()
 
     def log_evaluation(self, step: int, figures: Mapping[str, float]) -> None:
-        """Record how the model of a step measures, each figure named SET/METRIC."""
+        """Record how the model of a step measures, each figure named SET/METRIC, or ema/SET/METRIC."""
         plain = {"step": step, **finite(figures)}
         with (self._run / EVALUATIONS).open("a", encoding="utf-8") as file:
             file.write(json.dumps(plain) + "\n")

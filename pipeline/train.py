@@ -27,7 +27,7 @@ from pipeline.average import WeightAverage
 from pipeline.backward import Contrast, forward_backward
 from pipeline.checkpoint import Checkpoint
 from pipeline.checkpoint_sharded import load_sharded, save_sharded
-from pipeline.checkpoint_writer import Writer
+from pipeline.checkpoint_writer import AVERAGED, Writer
 from pipeline.config import OptimConfig, Recipe
 from pipeline.data.cache import Cache
 from pipeline.data.loader import Augmentation, Batch, Stream
@@ -339,6 +339,10 @@ def train(recipe: Recipe, run: Path) -> str:
             if evaluators and (step % recipe.evaluate.every_steps == 0 or step == total):
                 began = time.monotonic()
                 figures = evaluators.measure(towers, device)
+                if average:
+                    with average.in_place_of(towers):
+                        averaged_figures = evaluators.measure(towers, device)
+                    figures |= {f"{AVERAGED}{name}": value for name, value in averaged_figures.items()}
                 stepped = time.monotonic()
                 if tracker:
                     tracker.log_evaluation(step, figures)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 
@@ -32,6 +34,23 @@ def test_the_average_is_the_closed_form(config):
         expected = sum(factor * weight[name].double() for factor, weight in zip(factors, weights, strict=True))
         expected = expected if name in parameters else weights[-1][name].double()
         torch.testing.assert_close(tensor.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@kinds("vit", "resnet")
+def test_in_place_of_the_weights_it_leaves_them_as_they_were(config):
+    towers = built(config)
+    towers.visual.register_parameter("tied", towers.logit_scale)
+    average = WeightAverage(towers, 0.5)
+    for tensor in towers.state_dict().values():
+        tensor.add_(torch.full_like(tensor, 3))
+    average.update(towers)
+    weights, averaged = copied(towers), {name: tensor.clone() for name, tensor in average.state_dict().items()}
+    assert not equal(weights, averaged)
+    with contextlib.suppress(ZeroDivisionError), average.in_place_of(towers):
+        assert equal(copied(towers), averaged)
+        raise ZeroDivisionError
+    assert equal(copied(towers), weights)
+    assert equal(average.state_dict(), averaged)
 
 
 def test_an_average_goes_on_where_it_was_saved_and_equal_weights_leave_it():

@@ -247,6 +247,16 @@ def test_a_figure_may_come_from_an_evaluation_after_the_save(run):
     assert pointer(run / "checkpoints", "BEST") == "step-00000001"
 
 
+def test_a_figure_may_be_of_the_average(run):
+    for step, value in ((1, 0.9), (2, 0.2)):
+        checkpoints.save(run, make(step, {FIGURE: 0.5}), keep=9)
+        evaluate(run, step, value)
+        folder = run / "eval" / checkpoints.folder_name(step)
+        folder.rename(folder.with_name(f"{folder.name}-average"))
+    assert checkpoint_writer.figures(run, 1) == {FIGURE: 0.5, f"ema/{FIGURE}": 0.9}
+    assert checkpoint_writer.ranked(run, f"ema/{FIGURE}") == [1, 2]
+
+
 def test_of_equals_the_newest_is_best_and_nan_is_no_figure(run):
     for step, value in ((1, 0.5), (2, 0.5), (3, float("nan"))):
         checkpoints.save(run, make(step, {FIGURE: value}), keep=9)

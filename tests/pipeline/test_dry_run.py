@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from data_prep import manifest
 from pipeline import config, dry_run, memory
 from pipeline.__main__ import main
+from tests.pipeline.test_during import write_set
 from tests.processes import train
 
 
@@ -54,6 +56,26 @@ def test_several_problems_are_told_at_once(recipe, dataset, tmp_path, capsys):
 )
 def test_each_problem_is_the_trainers_own(recipe, dataset, tmp_path, words, problem):
     words = [word.replace("DATA", str(dataset)) for word in words]
+    found = dry_run.look(loaded(recipe(), dataset, *words), tmp_path / "run").problems
+    assert len(found) == (problem is not None), found
+    assert not problem or problem in found[0]
+
+
+@pytest.mark.parametrize(
+    ("best", "words", "problem"),
+    [
+        ("small_test/loss", [], None),
+        ("loss", [], None),
+        ("ema/small_test/loss", ["optim.ema=0.9"], None),
+        ("ema/small_test/loss", [], "measured while training are small_test (ema/… with optim.ema)"),
+        ("other/loss", ["optim.ema=0.9"], "measured while training are small_test, ema/small_test. Name one"),
+    ],
+)
+def test_the_best_is_by_a_figure_that_is_measured(recipe, dataset, tmp_path, best, words, problem):
+    write_set(tmp_path / "measured" / "eval" / "small_test", "retrieval", 2)
+    split = {"kind": "retrieval", "samples": 2, "shards": 1, "captions": 0, "bytes": 1}
+    manifest.write(tmp_path / "measured", {"name": "small", "splits": {"small_test": split}, "counts": {}}, [], [])
+    words = [f"evaluate.data={tmp_path / 'measured'}", f"checkpoint.keep_best={best}", *words]
     found = dry_run.look(loaded(recipe(), dataset, *words), tmp_path / "run").problems
     assert len(found) == (problem is not None), found
     assert not problem or problem in found[0]
