@@ -241,9 +241,7 @@ def _step(bench: Bench, towers: Any, *, autocast: bool, pairs: int = 0, length: 
     normalize = normalizer(towers.visual.image_mean, towers.visual.image_std, bench.device)
     batch = image_BCSS.to(bench.device), token_BL.to(bench.device)
     if autocast:
-        return float(
-            forward_backward(bench.accelerator, towers, *batch, info_nce, prepare=normalize, micro_batch=None, seed=0)
-        )
+        return float(forward_backward(bench.accelerator, towers, *batch, info_nce, prepare=normalize, parts=1, seed=0))
     loss = info_nce(*towers(normalize(batch[0]), batch[1]))
     loss.backward()
     return float(loss.detach())

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from pipeline import begin, exchange, layers, model, ranks, sharding, tokenizer
 from pipeline.average import WeightAverage
-from pipeline.backward import Contrast, forward_backward
+from pipeline.backward import Contrast, forward_backward, parts_of
 from pipeline.checkpoint import Checkpoint
 from pipeline.checkpoint_sharded import load_sharded, save_sharded
 from pipeline.checkpoint_writer import AVERAGED, Writer
@@ -243,7 +243,7 @@ def train(recipe: Recipe, run: Path) -> str:
                 functools.partial(LOSSES[recipe.loss.kind], key_BK=key_BK, sizes=sizes, tile=recipe.loss.tile),
                 # Brought into the towers' layout while a pixel is one byte.
                 prepare=lambda image: normalize(image.contiguous(memory_format=memory_format)).to(dtype),
-                micro_batch=recipe.train.micro_batch_size,
+                parts=parts_of(sizes, recipe.train.micro_batch_size),
                 seed=step_seed(recipe.seed, step, rank),
             )
 

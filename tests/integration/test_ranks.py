@@ -94,10 +94,17 @@ def test_launch_submit_runs_two_processes_and_keeps_the_exit_code(recipe, datase
 
 @pytest.mark.parametrize(
     ("world", "settings"),
-    [(2, ["train.sharding=fsdp2"]), (3, ["train.sharding=fsdp2", "optim.ema=0.9"]), (5, ["train.micro_batch_size=1"])],
+    [
+        (2, ["train.sharding=fsdp2"]),
+        (3, ["train.sharding=fsdp2", "optim.ema=0.9"]),
+        (5, ["train.micro_batch_size=1"]),
+        (3, ["train.micro_batch_size=3"]),
+        (3, ["train.micro_batch_size=3", "train.sharding=fsdp2"]),
+    ],
 )
 def test_losses_of_several_ranks_are_those_of_one_in_float64(dataset, recipe, tmp_path, world, settings):
-    """Weights on each rank or cut over all, batches whole or in parts; 10 pairs divide by 5 only."""
+    """Weights on each rank or cut over all, batches whole or in parts; 10 pairs divide by 5 only, so
+    that of three ranks one has 4 and two have 3."""
     arguments = ["--data", str(dataset), "train.steps=6", "train.precision=fp64"]
     assert train([str(recipe()), str(tmp_path / "one"), *arguments]) == 0
     assert train([str(recipe()), str(tmp_path / "several"), *arguments, *settings], world=world) == 0

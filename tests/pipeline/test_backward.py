@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState
 
-from pipeline.backward import forward_backward
+from pipeline.backward import forward_backward, parts_of
 from pipeline.data.plan import rank_bounds
 from pipeline.loss.info_nce import info_nce
 from pipeline.loss.sigmoid import sigmoid
@@ -56,7 +56,7 @@ def gradients(rank, world, batch, micro, loss=info_nce, bias=None, dropout=0.0):
         token[own],
         functools.partial(loss, sizes=sizes, tile=5),
         prepare=lambda image: image.double() / 255,
-        micro_batch=micro,
+        parts=parts_of(sizes, micro),
         seed=SEED,
     )
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -97,9 +97,18 @@ def test_both_passes_drop_the_same_patches():
     assert gradients(0, 1, 8, 3)[0] != value
 
 
+@pytest.mark.parametrize(
+    ("sizes", "micro", "parts"),
+    [([4, 5], None, 1), ([4, 5], 5, 1), ([4, 5], 4, 2), ([5, 4], 2, 3), ([4, 5], 1, 4), ([1, 1], 1, 1), ([13], 4, 4)],
+)
+def test_ranks_have_as_many_parts_and_none_is_empty(sizes, micro, parts):
+    assert parts_of(sizes, micro) == parts
+    assert all(-(-size // parts) <= max(micro or size, 2) for size in sizes)
+
+
 @pytest.mark.parametrize(("world", "micro"), [(2, None), (3, 2), (5, 3)])
 def test_ranks_give_the_gradient_of_one(world, micro):
-    """13 pairs divide by none of 2, 3 and 5; parts of 2 or 3 make ranks' numbers of parts differ."""
+    """13 pairs divide by none of 2, 3 and 5."""
     value, expected = gradients(0, 1, 13, None)
     shares = run_ranks(world, gradients, 13, micro)
     assert sum(share for share, _ in shares) == pytest.approx(value, rel=1e-10)
