@@ -100,7 +100,7 @@ def load_sharded(
         step: the checkpoint's.
         towers: after fully_shard.
         optimizer: of their parameters.
-        average: the moving average of the weights, cut as they are.
+        average: the moving average of the weights, cut as they are; the weights themselves where none was saved.
         verify: hash its files first; false where that has just been done.
 
     Returns:
@@ -114,11 +114,15 @@ def load_sharded(
     folder = run / "checkpoints" / folder_name(step)
     state = exchange.from_main(lambda: _state(folder, verify))
     groups = _groups(state)
-    tensors, _ = _content(towers, optimizer, average)
+    averaged = exchange.from_main(lambda: any(name.startswith(AVERAGE) for name in _metadata(folder)))
+    tensors, _ = _content(towers, optimizer, average if averaged else None)
     exchange.together(lambda: _read(tensors, folder, no_dist=False))
     weights: dict[str, Any] = dict(_under(MODEL, tensors))
     set_model_state_dict(towers, weights)
     set_optimizer_state_dict(towers, optimizer, {"state": _moments(tensors), "param_groups": groups})
+    if average and not averaged:
+        for name, tensor in average.items():
+            tensor.copy_(tensors[f"{MODEL}{name}"])
     return state
 
 
@@ -131,8 +135,9 @@ def join(folder: Path) -> Checkpoint:
     with checkpoints.reading(folder):
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
         groups = _groups(state)
-        known: dict[str, Any] = dict(HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata)
-        tensors = {name: torch.empty(found.size, dtype=found.properties.dtype) for name, found in known.items()}
+        tensors = {
+            name: torch.empty(found.size, dtype=found.properties.dtype) for name, found in _metadata(folder).items()
+        }
         _read(tensors, folder, no_dist=True)
         # torch numbers parameters in the order of its groups.
         numbers = {name: number for number, name in enumerate(name for group in groups for name in group["params"])}
@@ -154,6 +159,12 @@ def _content(
     for name, moments in saved["state"].items():
         tensors |= {f"{OPTIMIZER}{name}.{key}": tensor for key, tensor in moments.items()}
     return tensors, saved["param_groups"]
+
+
+def _metadata(folder: Path) -> dict[str, Any]:
+    """What is known of each saved tensor, by its name."""
+    with checkpoints.reading(folder):
+        return dict(HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata)
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -136,8 +136,8 @@ def train(recipe: Recipe, run: Path) -> str:
         else:
             towers.load_state_dict(saved.model)
             optimizer.load_state_dict(saved.optimizer)
-            if average and saved.average:
-                average.load_state_dict(saved.average)
+            if average:
+                average.load_state_dict(saved.average or saved.model)  # of a run that was begun without, it begins here
         progress |= {name: saved.state[name] for name in progress}
     accelerator.ddp_handler.broadcast_buffers = bool(statistics)
     trained = [parameter for parameter in towers.parameters() if parameter.requires_grad]

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from data_prep import manifest
+from pipeline import checkpoint as checkpoints
 from pipeline import trained as loading
 from pipeline.evaluate.during import Evaluators
 from pipeline.tracking import read_metrics
@@ -85,3 +86,16 @@ def test_both_are_measured_and_training_goes_on_as_without(start, measured, worl
     assert found[-1]["ema/small_test/loss"] != pytest.approx(found[-1]["small_test/loss"], rel=1e-3)
     best = min(found, key=lambda line: (line["ema/small_test/loss"], -line["step"]))["step"]
     assert (run / "checkpoints" / "BEST").read_text() == f"step-{best:08d}"
+
+
+@pytest.mark.parametrize(("world", "settings"), [(1, []), (2, ["train.sharding=fsdp2"])])
+def test_an_average_that_is_asked_for_later_begins_with_the_weights_of_then(start, world, settings):
+    start("run", *settings, "optim.ema=null", world=world)
+    changes = ["optim.ema=0.75", "train.accept_changes=true", f"train.steps={STEPS + 1}"]
+    run = start("run", *settings, *changes, world=world)
+    before = checkpoints.load(run, STEPS)
+    assert before.average is None
+    after = checkpoints.load(run, STEPS + 1)
+    for name, tensor in after.average.items():
+        expected = 0.75 * before.model[name] + 0.25 * after.model[name]
+        torch.testing.assert_close(tensor, expected, rtol=1e-12, atol=1e-12, msg=name)
