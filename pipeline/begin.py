@@ -211,7 +211,7 @@ def accepted_changes(recipe: Recipe, run: Path, plan: Plan, stream: dict[str, An
 
 
 def prepare_folder(recipe: Recipe, run: Path, plan: Plan, world: int, saved: checkpoints.Checkpoint | None) -> None:
-    """Write config.yaml, environment.json and the tokenizer, or check a run that goes on against what it began with.
+    """Write what describes a run, tokenizer included, or check a run that goes on against what it began with.
 
     Raises:
         RecipeError: settings or data differ, and `train.accept_changes` does not say that they may.
@@ -227,6 +227,7 @@ def prepare_folder(recipe: Recipe, run: Path, plan: Plan, world: int, saved: che
             raise checkpoints.CheckpointError(f"{run}: step {saved.step} and its stream state disagree.")
     else:
         tokenizer.store(recipe.tokenizer.kind, Path(recipe.tokenizer.path), run / "tokenizer")
+        model.keep_text(model.model_cfg(recipe.model.name, recipe.model.config), run)
     checkpoints.write_atomically(run / "config.yaml", recipe.to_yaml())
     environment = {
         "python": platform.python_version(),

@@ -1,7 +1,8 @@
 """A second copy of a run's checkpoints, on another disk or behind an address, and how it comes back.
 
 COPY/step-00001000/…  LATEST  BEST             as in RUN/checkpoints
-COPY/config.yaml  environment.json  tokenizer/ without which a checkpoint is no run
+COPY/config.yaml  environment.json  tokenizer/  text_tower/
+                                               without which a checkpoint is no run
 COPY/metrics.jsonl  evaluations.jsonl  quarantine.jsonl
                                                up to the newest step or beyond; cut back to it when a run goes on
 """
@@ -32,7 +33,7 @@ from pipeline import checkpoint as checkpoints
 from pipeline.checkpoint import BEST, CHECKSUMS, FOLDERS, KEEP_AT_LEAST, LATEST, CheckpointError, folder_name
 from pipeline.tracking import BY_STEP
 
-RUN_FILES = ("config.yaml", "environment.json", "tokenizer/*")
+RUN_FILES = ("config.yaml", "environment.json", "tokenizer/*", "text_tower/*")
 SCHEMES = ("s3://", "gs://")
 # Bytes that are read at a time.
 BLOCK = 64 << 20

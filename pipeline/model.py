@@ -7,6 +7,7 @@ import difflib
 import json
 import logging
 import math
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -32,6 +33,8 @@ Towers = Any
 # What open_clip, timm and transformers raise for a description that they do not take, or cannot fetch.
 REFUSED = (TypeError, RuntimeError, ValueError, AssertionError, LookupError, ArithmeticError, OSError, ImportError)
 PATCH_DROPOUTS = (PatchDropout, timm.layers.PatchDropout, timm.layers.PatchDropoutWithIndices)
+# In a run's folder: Hugging Face's description of its text tower, so that nobody is asked for it again.
+KEPT_TEXT = "text_tower"
 TEMPERATURE = ("logit_scale", "logit_bias")
 
 log = logging.getLogger(__name__)
@@ -108,6 +111,25 @@ def build(
     )
     open_clip.set_model_preprocess_cfg(towers, asdict(preprocess))
     return towers
+
+
+def keep_text(config: Mapping[str, Any], run: Path) -> None:
+    """Write Hugging Face's description of the text tower, where it is theirs, to RUN/text_tower/config.json.
+
+    Raises:
+        ModelError: there is none.
+    """
+    shutil.rmtree(run / KEPT_TEXT, ignore_errors=True)  # of another start of the run
+    if hf_name := config["text_cfg"].get("hf_model_name"):
+        _hf_config(hf_name).save_pretrained(run / KEPT_TEXT)
+
+
+def with_kept_text(config: Mapping[str, Any], run: Path) -> dict[str, Any]:
+    """The same model_cfg, of a Hugging Face text tower with what `keep_text` wrote in place of its name, if it did."""
+    folder, text_cfg = run / KEPT_TEXT, dict(config["text_cfg"])
+    if "hf_model_name" in text_cfg and (folder / "config.json").is_file():
+        text_cfg["hf_model_name"] = str(folder)
+    return {**config, "text_cfg": text_cfg}
 
 
 def image_size(model: Towers) -> tuple[int, int]:
@@ -207,7 +229,7 @@ def _hf_config(name: str) -> Any:
         return hf_model.AutoConfig.from_pretrained(name)
     except REFUSED as error:
         raise ModelError(
-            f"text_cfg.hf_model_name {name!r}: no config.json ({first_line(error)}). It is read at each start, so "
+            f"text_cfg.hf_model_name {name!r}: no config.json ({first_line(error)}). It is read when a run begins, so "
             "without network name a folder that holds it (`hf download NAME config.json --local-dir FOLDER`)."
         ) from error
 

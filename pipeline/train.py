@@ -101,6 +101,8 @@ def train(recipe: Recipe, run: Path) -> str:
 
     # --- Tokenizer and towers
     model_cfg = model.model_cfg(recipe.model.name, recipe.model.config)
+    if saved:
+        model_cfg = model.with_kept_text(model_cfg, run)
     tokenize = tokenizer.load(
         recipe.tokenizer.kind, tokenizer.kept(recipe.tokenizer.kind, run / "tokenizer"), model_cfg
     )

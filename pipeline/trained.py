@@ -55,15 +55,16 @@ def load(run: Path, step: int | None = None, device: torch.device | str = "cpu")
     recipe = config.load_file(run / "config.yaml")
     saved = checkpoints.load(run, available[0] if step is None else step, weights_only=True)
     model_cfg = model.model_cfg(recipe.model.name, recipe.model.config)
+    kept_cfg = model.with_kept_text(model_cfg, run)
     towers = model.build(
-        model_cfg,
+        kept_cfg,
         init_bias=recipe.loss.init_bias if recipe.loss.kind == "sigmoid" else None,
         image_mean=recipe.model.image_mean,
         image_std=recipe.model.image_std,
     )
     towers.load_state_dict(saved.model)
     tokenize = tokenizer.load(
-        recipe.tokenizer.kind, tokenizer.kept(recipe.tokenizer.kind, run / "tokenizer"), model_cfg
+        recipe.tokenizer.kind, tokenizer.kept(recipe.tokenizer.kind, run / "tokenizer"), kept_cfg
     )
     return TrainedModel(
         run=run,

@@ -14,6 +14,7 @@ from pipeline import trained as loading
 from pipeline.export.run import export
 from pipeline.tracking import read_metrics
 from tests.conftest import RECIPE
+from tests.pipeline.towers import BERT
 from tests.processes import train
 
 HALF = [0.5, 0.5, 0.5]
@@ -62,6 +63,25 @@ def test_a_model_s_file_is_read_when_a_run_begins_and_never_again(start, tmp_pat
     assert f"model.name: {str(path)!r} -> {other!r}" in reason(run)
     assert start("new", **named) == 2
     assert "mine.json' cannot be read" in reason(tmp_path / "new")
+
+
+def test_a_text_tower_s_folder_is_read_when_a_run_begins_and_never_again(start, tmp_path):
+    folder, run, copy = tmp_path / "bert", tmp_path / "run", tmp_path / "copy"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(BERT | {"vocab_size": 49408}))
+    text_cfg = {"hf_model_name": str(folder), "context_length": 12, "hf_pooler_type": "cls_pooler"}
+    named = {"model": {"config": {**RECIPE["model"]["config"], "text_cfg": text_cfg}}}
+    assert start("straight", "train.steps=4", **named) == 0
+    assert start("run", "train.steps=2", f"checkpoint.copy_to={copy}", **named) == 0
+    folder.rename(tmp_path / "elsewhere")
+    shutil.rmtree(run)
+    assert start("run", "train.steps=4", f"checkpoint.copy_to={copy}", **named) == 0
+    assert losses(run) == losses(tmp_path / "straight")
+    trained = loading.load(run)
+    assert trained.towers.encode_text(trained.tokenize(["a text"])).shape == (1, 16)
+    assert trained.model_cfg["text_cfg"] == text_cfg
+    assert start("new", **named) == 2
+    assert "no config.json" in reason(tmp_path / "new")
 
 
 def described_by_timm(rank):
