@@ -72,9 +72,12 @@ def look(recipe: Recipe, run: Path) -> Findings:
     found, world = Findings(), recipe.train.processes or int(os.environ.get("WORLD_SIZE", "1"))
     model_cfg: dict[str, Any] = {}
     with found.problem_with("model"):
-        if checkpoints.steps(run):
+        begun = bool(checkpoints.steps(run))
+        if begun:
             recipe = begin.resolved(recipe, run, begun=True)
         model_cfg = model.model_cfg(recipe.model.name, recipe.model.config)
+        if begun:
+            model_cfg = model.with_kept_text(model_cfg, run)
     _device(recipe, world, found)
     _extras(recipe, model_cfg, found)
     sets = _data(recipe, found)
@@ -173,7 +176,7 @@ def _towers(recipe: Recipe, model_cfg: dict[str, Any], world: int, found: Findin
         trained = sum(size for size, trains in sizes if trains)
         found.say("model", f"{sum(size for size, _ in sizes):,} parameters, {trained:,} of them trained")
         _pretrained(recipe, found)
-        need = memory.of_recipe(recipe, world).peak / 1e9
+        need = memory.of_recipe(recipe, world, model_cfg).peak / 1e9
         found.say("memory", f"{need:.3g} GB a rank at the peak (`python -m pipeline plan-memory` says what for)")
         for there in memory.this_gpu_gb() if recipe.train.device != "cpu" else []:
             if need > there:

@@ -187,13 +187,13 @@ def open_clip_loss_bytes(pairs: int, every: int, width: int, *, precision: str) 
     return alive.most
 
 
-def of_recipe(recipe: Recipe, world: int) -> Memory:
-    """The memory of one of `world` ranks.
+def of_recipe(recipe: Recipe, world: int, model_cfg: dict[str, Any] | None = None) -> Memory:
+    """The memory of one of `world` ranks; `model_cfg` where it is not the recipe's own (of a run that has begun).
 
     Raises:
         ModelError: a model that cannot be built, or not be trained as the recipe says.
     """
-    model_cfg = model.model_cfg(recipe.model.name, recipe.model.config)
+    model_cfg = model_cfg or model.model_cfg(recipe.model.name, recipe.model.config)
     device = "cpu" if recipe.train.device == "cpu" else "cuda"
     return of_towers(
         towers_without_numbers(recipe, model_cfg),

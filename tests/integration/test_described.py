@@ -10,6 +10,7 @@ import torch
 import yaml
 from PIL import Image
 
+from pipeline import config, dry_run
 from pipeline import trained as loading
 from pipeline.export.run import export
 from pipeline.tracking import read_metrics
@@ -43,7 +44,7 @@ def model_of(run):
     return yaml.safe_load((run / "config.yaml").read_text())["model"]
 
 
-def test_a_model_s_file_is_read_when_a_run_begins_and_never_again(start, tmp_path):
+def test_a_model_s_file_is_read_when_a_run_begins_and_never_again(start, dataset, tmp_path):
     path, run = tmp_path / "mine.json", tmp_path / "run"
     path.write_text(json.dumps(RECIPE["model"]["config"]))
     named = {"model": {"name": str(path), "config": {}}}
@@ -53,6 +54,8 @@ def test_a_model_s_file_is_read_when_a_run_begins_and_never_again(start, tmp_pat
     shutil.copy(path, tmp_path / "other.json")
     path.unlink()
     assert start("run", "train.steps=4", world=2, **named) == 0
+    asked = config.load(str(tmp_path / "recipe.yaml"), ["train.steps=5", f"data.datasets={dataset}"])
+    assert dry_run.look(asked, run).problems == []
     assert losses(run) == pytest.approx(losses(tmp_path / "straight"), rel=1e-4)
     trained = loading.load(run)
     assert trained.model_cfg == RECIPE["model"]["config"]
@@ -65,7 +68,7 @@ def test_a_model_s_file_is_read_when_a_run_begins_and_never_again(start, tmp_pat
     assert "mine.json' cannot be read" in reason(tmp_path / "new")
 
 
-def test_a_text_tower_s_folder_is_read_when_a_run_begins_and_never_again(start, tmp_path):
+def test_a_text_tower_s_folder_is_read_when_a_run_begins_and_never_again(start, dataset, tmp_path):
     folder, run, copy = tmp_path / "bert", tmp_path / "run", tmp_path / "copy"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(BERT | {"vocab_size": 49408}))
@@ -77,6 +80,8 @@ def test_a_text_tower_s_folder_is_read_when_a_run_begins_and_never_again(start, 
     shutil.rmtree(run)
     assert start("run", "train.steps=4", f"checkpoint.copy_to={copy}", **named) == 0
     assert losses(run) == losses(tmp_path / "straight")
+    asked = config.load(str(tmp_path / "recipe.yaml"), ["train.steps=5", f"data.datasets={dataset}"])
+    assert dry_run.look(asked, run).problems == []
     trained = loading.load(run)
     assert trained.towers.encode_text(trained.tokenize(["a text"])).shape == (1, 16)
     assert trained.model_cfg["text_cfg"] == text_cfg
