@@ -7,9 +7,10 @@ import io
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeVar, cast
@@ -28,8 +29,17 @@ TRIES, WAIT_S, LONGEST_WAIT_S = 8, 0.5, 30.0
 BUFFER = 1 << 20
 # What another try would not change.
 FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+# What may be secret in an address: who asks, and, on the web, the query, where signatures are.
+USER, QUERY = re.compile(r"(https?://)[^/\s@]*@|(://)[^/\s@]*:[^/\s@]*@"), re.compile(r"(https?://[^\s?]*)\?\S*")
+NO_CREDENTIALS = (
+    "an address has a user, password or query, which logs and config.yaml would keep. Leave that out: what reads it "
+    "takes secrets from its own files and variables (AWS_ACCESS_KEY_ID or ~/.aws for s3://, "
+    'GOOGLE_APPLICATION_CREDENTIALS for gs://, HF_TOKEN for hf://, FSSPEC_HTTPS=\'{"headers": {"Authorization": …}}\' '
+    'or \'{"params": {"sig": …}}\' for https://).'
+)
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 
 class UnreachableError(DataError):
@@ -40,12 +50,14 @@ def path_of(text: str) -> Path:
     """A path on this machine, or an object that acts as one for an address.
 
     Raises:
-        DataError: the address has a scheme that is not among SCHEMES (`pipe:` and the like would run commands), or
-            nothing is installed that reads it.
+        DataError: the address has a scheme that is not among SCHEMES (`pipe:` and the like would run commands), a user
+            or password in it, or nothing is installed that reads it.
     """
     scheme, mark, _ = text.partition("://")
     if not mark and not text.startswith("pipe:"):
         return Path(text)
+    if USER.search(text):
+        raise DataError(f"{without_credentials(text)}: {NO_CREDENTIALS}")
     if scheme not in SCHEMES:
         raise DataError(f"{text}: only {', '.join(f'{name}://' for name in SCHEMES)} and plain paths are read.")
     module, extra = READERS[scheme]
@@ -56,6 +68,15 @@ def path_of(text: str) -> Path:
     from upath import UPath  # loads fsspec
 
     return cast(Path, UPath(text))
+
+
+def without_credentials(value: Any) -> Any:
+    """Settings with user and password taken out of every address in them, and the query out of those of the web."""
+    if isinstance(value, Mapping):
+        return {name: without_credentials(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_credentials(inner) for inner in value]
+    return QUERY.sub(r"\1", USER.sub(r"\1\2", value)) if isinstance(value, str) else value
 
 
 def is_local(path: Path) -> bool:
@@ -228,13 +249,15 @@ def retried(path: Path, read: Callable[[], T]) -> T:
         OSError: what will not pass (FINAL).
         UnreachableError: anything else, TRIES times.
     """
-    from tenacity import Retrying, before_sleep_log, retry_if_exception, stop_after_attempt, wait_exponential
+    from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential
 
     trying = Retrying(
         stop=stop_after_attempt(TRIES),
         wait=wait_exponential(multiplier=WAIT_S, max=LONGEST_WAIT_S),
         retry=retry_if_exception(_may_pass),
-        before_sleep=before_sleep_log(logging.getLogger(__name__), logging.WARNING),
+        before_sleep=lambda state: log.warning(
+            "%s: trying again in %.1f s (%s).", path, state.upcoming_sleep, _in_words(state.outcome.exception())
+        ),
         reraise=True,
     )
     try:
@@ -245,8 +268,12 @@ def retried(path: Path, read: Callable[[], T]) -> T:
         if isinstance(error, FINAL) and not _may_pass(error):
             raise
         why = error.__cause__ if isinstance(error, FileNotFoundError) else error
-        what = f"{type(why).__name__}: {why}"
-        raise UnreachableError(f"{path}: cannot be fetched ({what}). Run it again later.") from error
+        raise UnreachableError(f"{path}: cannot be fetched ({_in_words(why)}). Run it again later.") from error
+
+
+def _in_words(error: BaseException | None) -> str:
+    """What went wrong, without what FSSPEC_HTTPS adds to addresses."""
+    return without_credentials(f"{type(error).__name__}: {error}")  # type: ignore[no-any-return]
 
 
 def _may_pass(error: BaseException) -> bool:

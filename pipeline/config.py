@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, cast, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from data_prep.locations import NO_CREDENTIALS, without_credentials
 from data_prep.record import DataError
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -325,8 +326,8 @@ def load(name: str, overrides: list[str] | None = None) -> Recipe:
     """Read a recipe by name (of `pipeline/recipes`) or path, and apply `section.key=value` words.
 
     Raises:
-        RecipeError: no such recipe, unreadable YAML, an unknown key (the nearest right one is named), or a
-            value out of its range.
+        RecipeError: no such recipe, unreadable YAML, an unknown key (the nearest right one is named), a value out of
+            its range, or an address with credentials in it.
     """
     path = _find(name)
     values = _read_yaml(path)
@@ -335,6 +336,9 @@ def load(name: str, overrides: list[str] | None = None) -> Recipe:
     recipe = parse(values, str(path))
     if recipe.model.name and recipe.model.config:
         raise RecipeError(f"{path}: model needs either `name` or `config`; found {recipe.model.name!r} beside config.")
+    for key, value in _flatten(recipe.model_dump(mode="json")).items():
+        if (shown := without_credentials(value)) != value:
+            raise RecipeError(f"{key} = {shown}: {NO_CREDENTIALS}")
     return recipe
 
 
@@ -393,7 +397,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def _override(values: dict[str, Any], word: str) -> None:
     key, equals, text = word.partition("=")
     if not equals or not key:
-        raise RecipeError(f"{word!r}: settings are written section.key=value, such as optim.lr=1e-3.")
+        raise RecipeError(
+            f"{without_credentials(word)!r}: settings are written section.key=value, such as optim.lr=1e-3."
+        )
     *sections, last = key.split(".")
     for section in sections:
         values = values.setdefault(section, {})

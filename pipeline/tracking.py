@@ -8,7 +8,6 @@ import importlib
 import json
 import logging
 import math
-import re
 import statistics
 import sys
 import time
@@ -21,6 +20,7 @@ from typing import IO, Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from data_prep.locations import without_credentials
 from data_prep.record import DataError
 from pipeline.checkpoint import write_atomically
 from pipeline.throughput import Throughput
@@ -260,18 +260,6 @@ def start_wandb(run: Path, project: str, settings: Mapping[str, Any]) -> Any:
     started.define_metric("step")
     started.define_metric("*", step_metric="step")
     return started
-
-
-def without_credentials(value: Any) -> Any:
-    """Settings with user and password taken out of every address in them, and the query out of those of the web."""
-    if isinstance(value, Mapping):
-        return {name: without_credentials(inner) for name, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [without_credentials(inner) for inner in value]
-    if isinstance(value, str):
-        value = re.sub(r"(https?://)[^/\s@]*@|(://)[^/\s@]*:[^/\s@]*@", r"\1\2", value)
-        return re.sub(r"(https?://[^\s?]*)\?\S*", r"\1", value)
-    return value
 
 
 def cut_back(path: Path, step: int) -> None:

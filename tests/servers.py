@@ -29,6 +29,7 @@ class FolderServer(ThreadingHTTPServer):
         listing: whether a folder's address gives links to its files, as servers' indexes do.
         latency_s: waited before each answer.
         requests: GETs of each file.
+        signature: what a request's query must be; else it is refused.
     """
 
     daemon_threads = True
@@ -39,6 +40,7 @@ class FolderServer(ThreadingHTTPServer):
         self.root, self.faults, self.ranges, self.latency_s = root, list[str](), True, 0.0
         self.listing, self.head_faults = False, list[str]()
         self.requests: Counter[str] = Counter()
+        self.signature = ""
         self.released = threading.Event()
 
     def handle_error(self, *_: object) -> None:
@@ -61,11 +63,15 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, with_body: bool) -> None:
         time.sleep(self.server.latency_s)
-        path = self.server.root / unquote(self.path).lstrip("/")
+        place, _, query = self.path.partition("?")
+        path = self.server.root / unquote(place).lstrip("/")
         if with_body:
             self.server.requests[path.name] += 1
         faults = self.server.faults if with_body else self.server.head_faults
         fault = faults.pop(0) if faults else ""
+        if query != self.server.signature:
+            self.send_error(403)
+            return
         if self.server.listing and path.is_dir() and not fault:
             names = sorted(file.name for file in path.iterdir())
             self._send(b"".join(f'<a href="{name}">{name}</a>\n'.encode() for name in names), with_body)

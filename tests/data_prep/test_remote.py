@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
+import fsspec
 import pytest
 
 from data_prep import locations, manifest
@@ -121,3 +122,26 @@ def test_no_image_is_lost_to_a_server_that_fails_at_times(tmp_path, no_waiting):
         server.faults = [SHORT] * 999
         assert main([*command, "--out", str(tmp_path / "broken")]) == 2
         assert not (tmp_path / "broken/manifest.sha256").exists()
+
+
+@pytest.mark.parametrize(
+    "address", ["https://me:S3CRET@host/a.tar", "https://S3CRET@host/a", "s3://key:S3CRET@bucket/a"]
+)
+def test_an_address_with_a_password_is_refused_without_repeating_it(address):
+    with pytest.raises(DataError, match=r"has a user, password or query.*FSSPEC_HTTPS") as refused:
+        path_of(address)
+    assert "S3CRET" not in str(refused.value)
+
+
+def test_a_signature_that_fsspec_is_told_of_reaches_the_server_and_no_log(tmp_path, no_waiting, monkeypatch, caplog):
+    monkeypatch.setitem(fsspec.config.conf, "http", {"params": {"sig": "S3CRET"}})
+    (tmp_path / "a.bin").write_bytes(b"abc")
+    with serving(tmp_path) as server:
+        server.signature = "sig=S3CRET"
+        server.faults = [UNAVAILABLE]
+        assert read_bytes(path_of(f"{server.url}/a.bin")) == b"abc"
+        assert "a.bin: trying again" in caplog.text
+        server.faults = [UNAVAILABLE] * 99
+        with pytest.raises(DataError, match="cannot be fetched") as failure:
+            read_bytes(path_of(f"{server.url}/a.bin"))
+    assert "S3CRET" not in f"{caplog.text}{failure.value}"

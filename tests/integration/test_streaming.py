@@ -73,6 +73,26 @@ def test_a_run_on_remote_shards_is_the_run_on_local_ones(dataset, recipe, tmp_pa
     assert len(list((tmp_path / "shards").glob("*.tar"))) == 5
 
 
+def signed(rank):
+    import fsspec
+
+    fsspec.config.conf["http"] = {"params": {"sig": "S3CRET"}}  # as FSSPEC_HTTP does
+
+
+def test_a_secret_is_in_no_file_of_a_run(dataset, recipe, tmp_path, run):
+    with serving(dataset) as server:
+        server.signature = "sig=S3CRET"
+        server.faults = [UNAVAILABLE, "", UNAVAILABLE]
+        settings = [f"data.cache={tmp_path / 'cache'}", f"checkpoint.copy_to={tmp_path / 'copy'}", "train.steps=2"]
+        command = [str(recipe()), str(run), "--data", server.url, *settings]
+        assert train(command, before=signed) == 0
+        assert train([*command[:3], f"{server.url}?sig=S3CRET", *settings]) == 2
+    assert f"data.datasets = [{{'path': '{server.url}', 'weight': 1.0}}]: an address has" in verdict(run)["reason"]
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {"config.yaml", "environment.json", "metrics.jsonl"} <= {path.name for path in written}
+    assert not [path for path in written if b"S3CRET" in path.read_bytes()]
+
+
 def test_a_cache_that_is_too_small_is_refused_with_the_fix(dataset, recipe, tmp_path, run):
     with serving(dataset) as server:
         command = [str(recipe()), str(run), "--data", server.url, f"data.cache={tmp_path}", "data.cache_gb=1e-6"]

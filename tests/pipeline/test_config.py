@@ -117,3 +117,23 @@ def test_datasets_are_a_list_or_a_line_of_words(tmp_path):
 def test_a_recipe_is_checked_without_torch():
     code = "import sys, pipeline.config as c; c.load('demo'); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "data.datasets=https://me:S3CRET@host/{0..3}.tar",
+        "data.datasets=/data/a https://host/{0..3}.tar?sig=S3CRET@2",
+        "checkpoint.copy_to=s3://key:S3CRET@bucket/run",
+        "https://me:S3CRET@host/a.tar",
+    ],
+)
+def test_an_address_with_credentials_is_refused_without_repeating_them(tmp_path, word):
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL))
+    with pytest.raises(RecipeError) as refused:
+        config.load(str(path), [word])
+    assert "S3CRET" not in str(refused.value)
+    if word.startswith(("data.", "checkpoint.")):
+        assert str(refused.value).startswith(f"{word.partition('=')[0]} = ")
+        assert "AWS_ACCESS_KEY_ID" in str(refused.value)

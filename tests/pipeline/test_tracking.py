@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
+from data_prep.locations import without_credentials
 from data_prep.record import DataError
-from pipeline.tracking import Tracker, read_metrics, without_credentials
+from pipeline.tracking import Tracker, read_metrics
 
 
 def line(step: int, **changes: Any) -> dict[str, Any]:
