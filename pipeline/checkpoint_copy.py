@@ -237,11 +237,11 @@ def _put(source: Path, target: Path) -> None:
 def _put_as_it_is(source: Path, target: Path) -> None:
     """Copy a file that others add to meanwhile: an upload may not take it if its size changes."""
     now = source.with_name(source.name + ".now")
-    shutil.copyfile(source, now)
     try:
+        shutil.copyfile(source, now)
         _put(now, target)
     finally:
-        now.unlink()
+        now.unlink(missing_ok=True)
 
 
 def _put_text(text: str, target: Path) -> None:

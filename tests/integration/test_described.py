@@ -118,5 +118,12 @@ def test_a_timm_tower_s_normalisation_reaches_training_and_stays(start, tmp_path
     assert model_of(plain)["image_mean"] == pytest.approx([0.4815, 0.4578, 0.4082], abs=1e-4)
     white = loading.load(found).preprocess(Image.new("RGB", (9, 9), (255, 255, 255)))
     torch.testing.assert_close(white, torch.ones_like(white))
+    values = yaml.safe_load((plain / "config.yaml").read_text())  # as an older version has written it
+    values["model"] = {"config": drawn}
+    (plain / "config.yaml").write_text(yaml.safe_dump(values))
+    assert start("plain", "train.steps=3", model={"config": drawn}, before=nothing_to_ask) == 0
+    assert model_of(plain)["image_mean"] is None
+    black = loading.load(plain).preprocess(Image.new("RGB", (9, 9)))[:, 0, 0]
+    assert black.tolist() == pytest.approx([-1.7923, -1.7521, -1.4802], abs=1e-4)
     assert start("found", "train.steps=4", "model.image_mean=[0,0,0]", model={"config": own}) == 2
     assert "model.image_mean: [0.5, 0.5, 0.5] -> [0.0, 0.0, 0.0]" in reason(found)

@@ -70,6 +70,15 @@ def test_its_head_says_how_it_is_run_and_what_it_costs(name):
     assert "Cost: " in text or all(word in text for word in ("Hardware: ", "Expected: ", "Never run"))
 
 
+@pytest.mark.parametrize("name", [*DATA, "demo"])
+def test_its_image_tower_gets_pixels_as_it_was_trained_on(name, tmp_path):
+    """LiT's between -1 and 1, as timm says; the others' as is usual for CLIP."""
+    found = begin.resolved(config.load(name), tmp_path, begun=False).model
+    lit = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+    usual = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
+    assert (found.image_mean, found.image_std) == (lit if name == "coco_lit_b16" else usual)
+
+
 def test_lit_trains_the_text_tower_and_the_temperature_alone():
     recipe = config.load("coco_lit_b16")
     towers = memory.towers_without_numbers(recipe, model.model_cfg("", recipe.model.config))
