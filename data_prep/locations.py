@@ -256,7 +256,8 @@ def retried(path: Path, read: Callable[[], T]) -> T:
         wait=wait_exponential(multiplier=WAIT_S, max=LONGEST_WAIT_S),
         retry=retry_if_exception(_may_pass),
         before_sleep=lambda state: log.warning(
-            "%s: trying again in %.1f s (%s).", path, state.upcoming_sleep, _in_words(state.outcome.exception())
+            "%s: trying again in %.1f s (%s).",
+            *(path, state.upcoming_sleep, _in_words(state.outcome.exception() if state.outcome else None)),
         ),
         reraise=True,
     )

@@ -270,6 +270,14 @@ def cut_back(path: Path, step: int) -> None:
     write_atomically(path, "".join(line + "\n" for line in kept))
 
 
+def is_evaluated(run: Path, step: int) -> bool:
+    """Whether a run's evaluations.jsonl has figures of a step."""
+    with contextlib.suppress(FileNotFoundError):
+        lines = (run / EVALUATIONS).read_text(encoding="utf-8").splitlines()
+        return any(_step(line) == step for line in lines)
+    return False
+
+
 def read_metrics(run: Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl, in order."""
     return [json.loads(line) for line in (run / METRICS).read_text(encoding="utf-8").splitlines()]

@@ -43,7 +43,7 @@ from pipeline.loss.temperature import clamp_scale
 from pipeline.loss.tiles import text_key
 from pipeline.symptoms import Symptoms
 from pipeline.throughput import Throughput, flops_per_sample, peak_flops, peak_memory_mb
-from pipeline.tracking import Tracker
+from pipeline.tracking import Tracker, is_evaluated
 from pipeline.trained import inference_transform
 
 log = logging.getLogger(__name__)
@@ -214,11 +214,21 @@ def train(recipe: Recipe, run: Path) -> str:
     # --- Loop
     started = stepped = saved_at = time.monotonic()
     wall_before, budget = progress["wall_s"], Budget(recipe.evaluate.budget)
+    figures: dict[str, float] = {}
+
+    def evaluates(step: int) -> bool:
+        return step > 0 and (step % recipe.evaluate.every_steps == 0 or step == total)
+
     copied = torch.cuda.Event() if device.type == "cuda" else None
     sent = deque[tuple[exchange.Sending, dict[str, Any]]]()
     parallel.train()
     with stream, tracker or contextlib.nullcontext(), writer or contextlib.nullcontext():
         batches = iter(stream)
+        if evaluators and evaluates(step) and exchange.from_main(lambda: not is_evaluated(run, first_step)):
+            figures = measure(evaluators, towers, average, device)  # what a stop has left out
+            if tracker:
+                tracker.log_evaluation(step, figures)
+            stepped = time.monotonic()
         while step < total and not stop.agreed:
             if copied:
                 copied.synchronize()  # the batch before lies in the loader's memory, which this gives back
@@ -337,14 +347,12 @@ def train(recipe: Recipe, run: Path) -> str:
                 check(recipe, run, line["step"], progress, plan.global_batch)
 
             # Evaluation
-            figures: dict[str, float] = {}
-            if evaluators and (step % recipe.evaluate.every_steps == 0 or step == total):
+            figures = {}
+            if evaluators and evaluates(step) and stop.agreed and step < total:
+                log.info("step %d: asked to stop, so it is measured when the run goes on.", step)
+            elif evaluators and evaluates(step):
                 began = time.monotonic()
-                figures = evaluators.measure(towers, device)
-                if average:
-                    with average.in_place_of(towers):
-                        averaged_figures = evaluators.measure(towers, device)
-                    figures |= {f"{AVERAGED}{name}": value for name, value in averaged_figures.items()}
+                figures = measure(evaluators, towers, average, device)
                 stepped = time.monotonic()
                 if tracker:
                     tracker.log_evaluation(step, figures)
@@ -371,6 +379,18 @@ def train(recipe: Recipe, run: Path) -> str:
                 saved_at = stepped = time.monotonic()
     accelerator.wait_for_everyone()  # until the last checkpoint is published
     return "done" if step >= total else "requeue"
+
+
+def measure(
+    evaluators: Evaluators, towers: model.Towers, average: WeightAverage | None, device: torch.device
+) -> dict[str, float]:
+    """`SET/METRIC` → value of the weights, and as ema/SET/METRIC of their average. Collective: every rank calls it."""
+    figures = evaluators.measure(towers, device)
+    if average:
+        with average.in_place_of(towers):
+            averaged = evaluators.measure(towers, device)
+        figures |= {f"{AVERAGED}{name}": value for name, value in averaged.items()}
+    return figures
 
 
 def no_negatives(photo_B: Tensor, token_BL: Tensor, positives: str) -> Tensor | None:

@@ -150,6 +150,21 @@ def test_a_signal_within_an_evaluation_ends_the_run_after_it(command, measured):
     assert {"small_test/image_retrieval_recall@1", "small_test/loss"} <= set(figures[0])
 
 
+def signal_in_step_2(rank):
+    each_step(lambda step, towers, options: os.kill(os.getpid(), signal.SIGTERM) if (rank, step) == (1, 2) else None)
+
+
+def test_a_stop_is_saved_before_anything_is_measured_and_that_is_made_up_for(command, measured):
+    arguments, run = command
+    arguments += [f"evaluate.data={measured}", "evaluate.every_steps=1", "checkpoint.every_steps=8"]
+    assert train(arguments, world=2, before=signal_in_step_2) == 75
+    stopped = json.loads((run / "exit.json").read_text())["step"]
+    for steps in (range(1, stopped), range(1, 9), range(1, 9)):  # stopped, gone on, and asked once more when done
+        figures = [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in figures] == list(steps)
+        assert train(arguments, world=2) == 0
+
+
 def test_the_best_checkpoint_is_kept_beside_the_newest(command, measured):
     arguments, run = command
     figure = "small_test/loss"
