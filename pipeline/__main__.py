@@ -30,6 +30,13 @@ app = typer.Typer(
 )
 
 RunArgument = Annotated[Path, typer.Argument(help="The run folder that training wrote.", metavar="RUN")]
+ModelArgument = Annotated[
+    str,
+    typer.Argument(
+        help="A run folder, an exported folder, local-dir:…, hf-hub:…, or open_clip's NAME,PRETRAINED.", metavar="MODEL"
+    ),
+]
+AverageOption = Annotated[bool, typer.Option("--average", help="Use the moving average of the weights (optim.ema).")]
 StepOption = Annotated[int | None, typer.Option(help="Checkpoint to use, by its step; by default the newest.")]
 
 
@@ -79,33 +86,49 @@ def train(
 
 @app.command()
 def evaluate(
-    run: RunArgument,
+    model: ModelArgument,
     data: Annotated[Path, typer.Option(help="The sharded dataset whose evaluation sets are used.", metavar="DIR")],
     sets: Annotated[
         list[str] | None, typer.Option("--set", help="Name of an evaluation set; repeat for several. By default all.")
     ] = None,
     step: StepOption = None,
+    average: AverageOption = False,
+    out: Annotated[Path | None, typer.Option(help="Where results go; by default RUN/eval/STEP.", metavar="DIR")] = None,
     watch: Annotated[
         bool, typer.Option("--watch", help="Follow the run until it is done: measure each checkpoint as it appears.")
     ] = False,
 ) -> None:
-    """Measure a checkpoint: zero-shot classification, retrieval and caption selection, with 95 % intervals.
+    """Measure a model: zero-shot classification, retrieval and caption selection, with 95 % intervals.
 
-    Writes RUN/eval/STEP/SET.json in CLIP_benchmark's schema, and prints a table. With --watch, does so for every
-    checkpoint that has no results yet, beside the training; exit code 75 where it was asked to stop (SIGTERM, Ctrl-C)
-    before the run was done.
+    Writes SET.json in CLIP_benchmark's schema and results.csv to RUN/eval/STEP, and prints a table; embeddings are
+    kept beside them, for whatever is asked next. With --watch, measures every checkpoint that has no results yet,
+    beside the training; exit code 75 where it was asked to stop (SIGTERM, Ctrl-C) before the run was done. Under
+    torchrun, ranks share the work.
     """
     if not watch:
         from pipeline.evaluate.run import evaluate as run_evaluation
 
-        run_evaluation(run, data, names=sets, step=step)
+        run_evaluation(model, data, names=sets, step=step, average=average, out=out)
         return
-    if step is not None:
-        raise DataError(f"--watch measures every checkpoint, and --step {step} only one. Leave one of them out.")
+    if step is not None or average or out:
+        raise DataError("--watch measures every checkpoint of a run: leave out --step, --average and --out.")
     from pipeline.evaluate.watch import watch as follow
 
-    if follow(run, data, names=sets) == "requeue":
+    if follow(Path(model), data, names=sets) == "requeue":
         raise typer.Exit(REQUEUE)
+
+
+@app.command()
+def compare(
+    first: Annotated[Path, typer.Argument(help="A run, or a folder with results (RUN/eval/STEP).", metavar="RUN_A")],
+    second: Annotated[Path, typer.Argument(help="Another, measured on the same sets.", metavar="RUN_B")],
+) -> None:
+    """Say which differences between two models are real, by a paired bootstrap over the images."""
+    from rich.console import Console
+
+    from pipeline.evaluate import compare as comparison
+
+    Console().print(comparison.table(comparison.compare(first, second), (str(first), str(second))))
 
 
 @app.command()

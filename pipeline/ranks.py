@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import logging
 import os
 import signal
 import socket
 import threading
+from collections.abc import Iterator
 from types import FrameType
 
 import torch
@@ -120,3 +122,25 @@ def _meet(backend: str, timeout_s: int) -> None:
         raise RanksError(f"{where} ({str(error).splitlines()[0]})") from error
     finally:
         waiting.cancel()
+
+
+@contextlib.contextmanager
+def inference(timeout_s: int = 600) -> Iterator[tuple[int, int, torch.device]]:
+    """(rank, world, this rank's device) of as many processes as a launcher started; of a single one without.
+
+    Raises:
+        RanksError: they do not meet.
+    """
+    rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    joins = world > 1 and not dist.is_initialized()
+    if joins:
+        _meet("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout_s)
+    try:
+        yield rank, world, device
+    finally:
+        if joins:
+            dist.destroy_process_group()

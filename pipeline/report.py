@@ -27,7 +27,7 @@ from data_prep.record import TRAIN, DataError
 from pipeline import checkpoint as checkpoints
 from pipeline import trained as loading
 from pipeline.evaluate import sets
-from pipeline.evaluate.embed import embed_images, embed_texts
+from pipeline.evaluate.run import embedder_of, results_folder
 from pipeline.tracking import read_metrics
 
 log = logging.getLogger(__name__)
@@ -41,12 +41,16 @@ HEADLINES = {
     "acc1": "top-1 accuracy",
     "acc5": "top-5 accuracy",
     "mean_per_class_recall": "mean per-class recall",
+    "mean_per_class_precision": "mean per-class precision",
+    "mean_per_class_f1": "mean per-class F1",
     "image_retrieval_recall@1": "text → image R@1",
     "image_retrieval_recall@5": "text → image R@5",
     "image_retrieval_recall@10": "text → image R@10",
+    "image_retrieval_median_rank": "text → image median rank",
     "text_retrieval_recall@1": "image → text R@1",
     "text_retrieval_recall@5": "image → text R@5",
     "text_retrieval_recall@10": "image → text R@10",
+    "text_retrieval_median_rank": "image → text median rank",
     "acc": "right caption chosen",
 }
 SKILLS = {
@@ -182,7 +186,7 @@ def rows(record: dict[str, Any]) -> list[dict[str, str]]:
                     "metric": label,
                     "value": f"{record['metrics'][name]:.3f}",
                     "interval": f"{low:.3f} – {high:.3f}",
-                    "chance": f"{record['chance'][name]:.3f}",
+                    "chance": f"{record['chance'][name]:.3f}" if name in record["chance"] else "",
                 }
             )
     return found
@@ -190,7 +194,7 @@ def rows(record: dict[str, Any]) -> list[dict[str, str]]:
 
 def weakest_first(record: dict[str, Any]) -> list[dict[str, Any]]:
     """The classes that have images, by accuracy."""
-    return sorted((found for found in record["classes"] if found["images"]), key=lambda found: found["accuracy"])
+    return sorted((found for found in record["classes"] if found["images"]), key=lambda found: found["recall"])
 
 
 def verdicts(results: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, str]]]:
@@ -215,9 +219,8 @@ def examples(run: Path, dataset: Dataset, step: int | None) -> dict[str, Any] | 
     trained = loading.load(run, step if step in checkpoints.steps(run) else None)
     items = [item for item in sets.read(source) if item.captions]
     texts = list(dict.fromkeys(text for item in items for text in item.captions))
-    settings = trained.recipe.evaluate
-    image_ND = embed_images(trained, items, batch_size=settings.batch_size, workers=0)
-    text_MD = embed_texts(trained, texts, batch_size=settings.batch_size)
+    embedder = embedder_of(trained, results_folder(trained))
+    image_ND, text_MD = embedder.images(items).cpu(), embedder.texts(texts).cpu()
     # Evenly spread over the set: neither the best nor the worst ones.
     chosen = np.linspace(0, len(items) - 1, min(EXAMPLES, len(items))).astype(int).tolist()
     to_images, to_texts = [], []

@@ -1,9 +1,12 @@
-"""A run's checkpoint, ready for inference: towers, tokenizer and preprocessing that belong together."""
+"""A model ready for inference: towers, tokenizer and preprocessing that belong together; of a run, or of open_clip."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,36 +17,110 @@ from torch import Tensor
 
 from pipeline import checkpoint as checkpoints
 from pipeline import config, model, tokenizer
+from pipeline.model import ModelError
+
+FOLDER_CONFIG = "open_clip_config.json"
+SCHEMAS = ("local-dir:", "hf-hub:")
 
 
 @dataclass(frozen=True)
-class TrainedModel:
-    """What evaluation, export and the report need of a run.
+class LoadedModel:
+    """What evaluation needs of a model, whoever trained it.
+
+    Attributes:
+        name: what result tables call it.
+        source: where its weights come from.
+        description: what is to be known of it beside its weights, to tell it from others.
+        towers: in evaluation mode, float32.
+        tokenize: (B,) texts → (B, L) int64.
+        preprocess: a PIL image → (3, S, S) float32: open_clip's own transform for inference.
+        batch_size: images or texts at a time, as the run's recipe says, or a recipe's default.
+        workers: loader processes, so too.
+    """
+
+    name: str
+    source: str
+    description: str
+    towers: model.Towers
+    tokenize: tokenizer.Tokenizer
+    preprocess: Callable[[Image.Image], Tensor]
+    batch_size: int
+    workers: int
+
+    @cached_property
+    def identity(self) -> str:
+        """sha256 of the weights, the architecture, and how pixels and texts are treated."""
+        digest = hashlib.sha256(f"{self.description}\n{self.towers}\n{self.preprocess}\n".encode())
+        for name, tensor in sorted(self.towers.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class TrainedModel(LoadedModel):
+    """A run's checkpoint.
 
     Attributes:
         run: the run folder.
         step: of the checkpoint.
         recipe: the run's resolved recipe.
         model_cfg: open_clip's description of the towers.
-        towers: in evaluation mode, float32.
-        tokenize: (B,) texts → (B, L) int64.
-        preprocess: a PIL image → (3, S, S) float32: open_clip's own transform for inference.
     """
 
     run: Path
     step: int
     recipe: config.Recipe
     model_cfg: dict[str, Any]
-    towers: model.Towers
-    tokenize: tokenizer.Tokenizer
-    preprocess: Callable[[Image.Image], Tensor]
 
 
-def load(run: Path, step: int | None = None, device: torch.device | str = "cpu") -> TrainedModel:
-    """Load the newest checkpoint of a run, or the one of `step`, after verifying its files.
+def load_any(
+    source: str, step: int | None = None, device: torch.device | str = "cpu", *, average: bool = False
+) -> LoadedModel:
+    """Load a run's checkpoint, an exported folder, or a model of open_clip's.
+
+    Args:
+        source: a run folder; a folder with open_clip_config.json (or `local-dir:FOLDER`); `hf-hub:ID`; or
+            `NAME,PRETRAINED` as CLIP_benchmark writes it, PRETRAINED one of open_clip's tags or a checkpoint's file.
+        step: of a run's checkpoint; None for the newest.
+        device: where the towers go.
+        average: a run's moving average of the weights instead of the weights.
 
     Raises:
-        DataError: no run, no such checkpoint, or a damaged one.
+        DataError: nothing of that kind, or it cannot be loaded.
+    """
+    folder = Path(source)
+    if (folder / "config.yaml").is_file():
+        return load(folder, step, device, average=average)
+    if step is not None or average:
+        raise ModelError(f"{source} is no run folder (it lacks config.yaml), so it has neither steps nor an average.")
+    if (folder / FOLDER_CONFIG).is_file():
+        return _of_open_clip(f"local-dir:{folder.resolve()}", None, device)
+    name, comma, pretrained = source.partition(",")
+    if source.startswith(SCHEMAS):
+        return _of_open_clip(source, None, device)
+    if comma and pretrained:
+        return _of_open_clip(name, pretrained, device)
+    raise ModelError(
+        f"{source}: looked for a run folder (with config.yaml), an exported folder (with {FOLDER_CONFIG}), "
+        f"{' or '.join(schema + '…' for schema in SCHEMAS)}, or NAME,PRETRAINED such as ViT-B-32,laion2b_s34b_b79k or "
+        "ViT-B-32,epoch_32.pt, and found none of them."
+    )
+
+
+def load(
+    run: Path, step: int | None = None, device: torch.device | str = "cpu", *, average: bool = False
+) -> TrainedModel:
+    """Load the newest checkpoint of a run, or the one of `step`, after verifying its files.
+
+    Args:
+        run: the run folder.
+        step: of the checkpoint; None for the newest.
+        device: where the towers go.
+        average: the moving average of the weights instead of the weights.
+
+    Raises:
+        DataError: no run, no such checkpoint, a damaged one, or one without an average.
     """
     available = checkpoints.steps(run)
     if not available or (step is not None and step not in available):
@@ -53,7 +130,7 @@ def load(run: Path, step: int | None = None, device: torch.device | str = "cpu")
             + (f"there are the steps {sorted(available)}." if available else "there is none. Train the run first.")
         )
     recipe = config.load_file(run / "config.yaml")
-    saved = checkpoints.load(run, available[0] if step is None else step, weights_only=True)
+    saved = checkpoints.load(run, available[0] if step is None else step, weights_only=True, average=average)
     model_cfg = model.model_cfg(recipe.model.name, recipe.model.config)
     kept_cfg = model.with_kept_text(model_cfg, run)
     towers = model.build(
@@ -63,17 +140,20 @@ def load(run: Path, step: int | None = None, device: torch.device | str = "cpu")
         image_std=recipe.model.image_std,
     )
     towers.load_state_dict(saved.model)
-    tokenize = tokenizer.load(
-        recipe.tokenizer.kind, tokenizer.kept(recipe.tokenizer.kind, run / "tokenizer"), kept_cfg
-    )
+    tokenize = tokenizer.load(recipe.tokenizer.kind, tokenizer.kept(recipe.tokenizer.kind, run / "tokenizer"), kept_cfg)
     return TrainedModel(
+        name=recipe.model.name or run.resolve().name,
+        source=str(run / "checkpoints" / checkpoints.folder_name(saved.step)) + (" (average)" if average else ""),
+        description=json.dumps([model_cfg, recipe.tokenizer.kind, _sha256s(run / "tokenizer")], sort_keys=True),
+        towers=towers.eval().to(device),
+        tokenize=tokenize,
+        preprocess=inference_transform(towers, recipe.data.interpolation),
+        batch_size=recipe.evaluate.batch_size,
+        workers=recipe.evaluate.workers,
         run=run,
         step=saved.step,
         recipe=recipe,
         model_cfg=model_cfg,
-        towers=towers.eval().to(device),
-        tokenize=tokenize,
-        preprocess=inference_transform(towers, recipe.data.interpolation),
     )
 
 
@@ -91,3 +171,28 @@ def inference_transform(towers: model.Towers, interpolation: str) -> Callable[[I
         std=towers.visual.image_std,
         interpolation=interpolation,
     )
+
+
+def _of_open_clip(name: str, pretrained: str | None, device: torch.device | str) -> LoadedModel:
+    """As open_clip's users load it; files are read with weights_only."""
+    said = f"{name},{pretrained}" if pretrained else name
+    try:
+        towers, preprocess = open_clip.create_model_from_pretrained(name, pretrained, device=device)
+        tokenize = open_clip.get_tokenizer(name)
+        described = open_clip.get_model_config(name)
+    except Exception as error:  # whatever open_clip, torch, and the hub's client raise
+        raise ModelError(f"{said}: open_clip cannot load it: {model.first_line(error)}") from error
+    return LoadedModel(
+        name=name,
+        source=pretrained or name,
+        description=json.dumps([said, described], sort_keys=True),
+        towers=towers.eval(),
+        tokenize=tokenize,
+        preprocess=preprocess,
+        batch_size=config.EvaluateConfig().batch_size,
+        workers=config.EvaluateConfig().workers,
+    )
+
+
+def _sha256s(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("*"))}

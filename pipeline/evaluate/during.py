@@ -6,23 +6,19 @@ Shapes: N images, B of them in a batch, R rows at a time, D = embedding width.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
 from pipeline import exchange
-from pipeline.data.plan import rank_bounds
-from pipeline.evaluate.embed import distinct, embed_images, embed_texts, rows
+from pipeline.evaluate.embed import Embedder, distinct, rows
 from pipeline.evaluate.measures import choose, open_set
-from pipeline.loss.tiles import gather
 from pipeline.model import Towers
 from pipeline.tokenizer import Tokenizer
 
@@ -99,53 +95,14 @@ class Evaluators:
         Collective: every rank calls it.
         """
         model = _Model(towers, self._tokenize, self._preprocess)
-        own: list[tuple[Tensor, Tensor]] = []
+        embedder = Embedder(model, self._batch_size, self._workers, self._rank, self._world)
         with _for_inference(towers, device):
-            exchange.together(lambda: own.extend(self._embed(model)))
             scale = float(towers.logit_scale.exp())
             every = [
-                (self._gather(image_BD, len(opened.items), device), self._gather(text_BD, len(texts), device))
-                for (image_BD, text_BD), opened, texts in zip(own, self._sets, self._texts, strict=True)
+                (embedder.images(opened.items), embedder.texts(texts))
+                for opened, texts in zip(self._sets, self._texts, strict=True)
             ]
             return exchange.from_main(lambda: self._figures(every, scale))
-
-    def _embed(self, model: _Model) -> Iterator[tuple[Tensor, Tensor]]:
-        """This rank's share of each set's images and distinct texts."""
-        images = partial(embed_images, model, batch_size=self._batch_size)
-        texts = partial(embed_texts, model, batch_size=self._batch_size)
-        for opened, unique in zip(self._sets, self._texts, strict=True):
-            yield (
-                self._share(opened.items, partial(images, workers=self._workers), partial(images, workers=0)),
-                self._share(unique, texts, texts),
-            )
-
-    def _share(
-        self,
-        items: Sequence[Any],
-        embed: Callable[[Sequence[Any]], Tensor],
-        embed_one: Callable[[Sequence[Any]], Tensor],
-    ) -> Tensor:
-        """The embeddings of this rank's share, which has no rows where there are fewer batches than ranks."""
-        begin, end = self._bounds(len(items))[self._rank : self._rank + 2]
-        parts = [embed(items[begin:end])] if begin < end else []
-        if -(-(end - begin) // self._batch_size) < -(-len(items) // (self._batch_size * self._world)):
-            # Others run the towers once more. So do we, for sharded towers, and to know D.
-            parts.append(embed_one(items[:1])[:0])
-        return torch.cat(parts)
-
-    def _bounds(self, items: int) -> list[int]:
-        """W + 1 borders of the ranks' shares of a set.
-
-        Shares are made of whole batches: an item is then among the same others as on one rank, and has the same bits.
-        """
-        batches = -(-items // self._batch_size)
-        return [min(bound * self._batch_size, items) for bound in rank_bounds(batches, self._world)]
-
-    def _gather(self, own_BD: Tensor, items: int, device: torch.device) -> Tensor:
-        bounds = self._bounds(items)
-        # On the towers' device, where the ranks' backend has served the loss.
-        every_ND = gather(own_BD.to(device), [end - begin for begin, end in itertools.pairwise(bounds)])
-        return every_ND if device.type == "cuda" else every_ND.cpu()  # MPS has no float64, which scores are made of
 
     def _figures(self, every: Sequence[tuple[Tensor, Tensor]], scale: float) -> dict[str, float]:
         found: dict[str, float] = {}

@@ -1,20 +1,28 @@
-"""Images and texts → unit-norm embeddings, with open_clip's own preprocessing.
+"""Images and texts → unit-norm embeddings, with open_clip's own preprocessing, over all ranks, kept between runs.
 
 Shapes: N items, U distinct texts, D = embedding width.
 """
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from pipeline import exchange
+from pipeline.data.plan import rank_bounds
 from pipeline.evaluate.sets import EvaluationError, Item
+from pipeline.loss.tiles import gather
 from pipeline.model import Towers
 from pipeline.tokenizer import Tokenizer
 
@@ -24,7 +32,7 @@ class NotFiniteError(EvaluationError):
 
 
 class Model(Protocol):
-    """What embeds: a TrainedModel, or towers that are still being trained.
+    """What embeds: a LoadedModel, or towers that are still being trained.
 
     Attributes:
         towers: in evaluation mode.
@@ -38,6 +46,152 @@ class Model(Protocol):
     def tokenize(self) -> Tokenizer: ...
     @property
     def preprocess(self) -> Callable[[Image.Image], Tensor]: ...
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Embeddings in a folder, each under the hash of all that it depends on.
+
+    Attributes:
+        folder: where they lie, on a file system that all ranks share.
+        identity: of the model: its weights, and how it treats pixels and texts.
+    """
+
+    folder: Path
+    identity: str
+
+    def get(self, items: Sequence[str], make: Callable[[], Tensor]) -> Tensor:
+        """The embeddings of these items, made where they are not there; (N, D).
+
+        Collective: every rank calls it.
+        """
+        digest = hashlib.sha256(self.identity.encode())
+        for item in items:
+            digest.update(f"{len(item)}:{item}".encode("utf-8", "surrogatepass"))
+        path = self.folder / f"{digest.hexdigest()}.safetensors"
+        if exchange.from_main(lambda: _readable(path)):
+            return load_file(path)["embeddings"]
+        made = make()
+        exchange.from_main(lambda: _write(path, made))
+        return made
+
+
+def _readable(path: Path) -> bool:
+    try:
+        load_file(path)
+    except (OSError, SafetensorError):  # not there, or cut off
+        return False
+    return True
+
+
+def _write(path: Path, embeddings: Tensor) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}")
+    save_file({"embeddings": embeddings.cpu().contiguous()}, partial)
+    partial.replace(path)
+
+
+@dataclass(frozen=True)
+class Embedder:
+    """A model over all ranks: each embeds a share of whole batches, and every rank gets all.
+
+    An item is then among the same others as on one rank, and its embedding has the same bits.
+
+    Attributes:
+        model: the same on every rank. Where its weights are cut over ranks (FSDP2), `encode_image` and `encode_text`
+            must be registered as forward methods; every rank calls them equally often.
+        batch_size: images or texts that a rank embeds at a time.
+        workers: loader processes a rank.
+        rank: this rank.
+        world: ranks.
+        cache: where embeddings are kept; None for nowhere.
+    """
+
+    model: Model
+    batch_size: int
+    workers: int
+    rank: int = 0
+    world: int = 1
+    cache: Cache | None = None
+
+    def images(self, items: Sequence[Item]) -> Tensor:
+        """(N, D) float32 unit-norm rows in the order of `items`, on the CPU, or where the towers are on CUDA.
+
+        Raises:
+            EvaluationError: an image does not decode, or embeddings are not finite; on every rank.
+
+        Collective: every rank calls it.
+        """
+
+        def embed(part: Sequence[Item], workers: int) -> Tensor:
+            return embed_images(self.model, part, batch_size=self.batch_size, workers=workers)
+
+        return self._all(
+            [item.identity for item in items],
+            items,
+            lambda part: embed(part, self.workers),
+            lambda part: embed(part, 0),
+        )
+
+    def texts(self, unique: Sequence[str]) -> Tensor:
+        """(U, D), as `images`; the texts must be distinct (see `distinct`).
+
+        Collective: every rank calls it.
+        """
+
+        def embed(part: Sequence[str]) -> Tensor:
+            return embed_texts(self.model, part, batch_size=self.batch_size)
+
+        return self._all(unique, unique, embed, embed)
+
+    def _all(
+        self,
+        names: Sequence[str],
+        items: Sequence[Any],
+        embed: Callable[[Sequence[Any]], Tensor],
+        embed_one: Callable[[Sequence[Any]], Tensor],
+    ) -> Tensor:
+        def make() -> Tensor:
+            own: list[Tensor] = []
+            exchange.together(lambda: own.append(self._share(items, embed, embed_one)))
+            return self._gather(own[0], len(items))
+
+        return self.cache.get(names, make).to(self._device) if self.cache else make()
+
+    def _share(
+        self,
+        items: Sequence[Any],
+        embed: Callable[[Sequence[Any]], Tensor],
+        embed_one: Callable[[Sequence[Any]], Tensor],
+    ) -> Tensor:
+        """The embeddings of this rank's share, which has no rows where there are fewer batches than ranks."""
+        begin, end = self._bounds(len(items))[self.rank : self.rank + 2]
+        parts = [embed(items[begin:end])] if begin < end else []
+        if -(-(end - begin) // self.batch_size) < -(-len(items) // (self.batch_size * self.world)):
+            # Others run the towers once more. So do we, for sharded towers, and to know D.
+            parts.append(embed_one(items[:1])[:0])
+        return torch.cat(parts)
+
+    def _bounds(self, items: int) -> list[int]:
+        """W + 1 borders of the ranks' shares of a set, in whole batches."""
+        batches = -(-items // self.batch_size)
+        return [min(bound * self.batch_size, items) for bound in rank_bounds(batches, self.world)]
+
+    def _gather(self, own_BD: Tensor, items: int) -> Tensor:
+        bounds = self._bounds(items)
+        # On the towers' device, where the ranks' backend has served the loss.
+        every_ND = gather(own_BD.to(self._towers_device), [end - begin for begin, end in itertools.pairwise(bounds)])
+        return every_ND.to(self._device)
+
+    @property
+    def _towers_device(self) -> torch.device:
+        device: torch.device = next(self.model.towers.parameters()).device
+        return device
+
+    @property
+    def _device(self) -> torch.device:
+        # MPS has no float64, which scores are made of.
+        return self._towers_device if self._towers_device.type == "cuda" else torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -74,13 +228,12 @@ def embed_images(model: Model, items: Sequence[Item], *, batch_size: int, worker
 
 @torch.no_grad()
 def embed_texts(model: Model, texts: Sequence[str], *, batch_size: int) -> Tensor:
-    """(N, D) float32 on the CPU, unit-norm rows in the order of `texts`; equal texts have equal rows."""
-    unique = distinct(texts)
+    """(U, D) float32 on the CPU, unit-norm rows in the order of `texts`, which must be distinct (see `distinct`)."""
     device = next(model.towers.parameters()).device
-    batches = (unique[begin : begin + batch_size] for begin in range(0, len(unique), batch_size))
+    batches = (texts[begin : begin + batch_size] for begin in range(0, len(texts), batch_size))
     tokens = (model.tokenize(batch).to(device) for batch in batches)
     features = [model.towers.encode_text(token, normalize=True).float().cpu() for token in tokens]
-    return rows(unique, _finite(torch.cat(features), "text"))(texts)
+    return _finite(torch.cat(features), "text")
 
 
 def distinct(texts: Sequence[str]) -> list[str]:

@@ -5,9 +5,11 @@ Shapes: N images, M texts, D = embedding width.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +26,30 @@ log = logging.getLogger(__name__)
 EmbedTexts = Callable[[Sequence[str]], Tensor]
 
 
+class Protocol(NamedTuple):
+    """A published way to measure a set.
+
+    Attributes:
+        of: the set's name.
+        images: how many it must have.
+        captions: how many of an image's, the first ones, are used.
+        folds: galleries that the images are cut into, each searched by itself.
+    """
+
+    of: str
+    images: int
+    captions: int
+    folds: int = 1
+
+
+# Karpathy and Fei-Fei 2015: the test splits, and for "1K" the mean over five parts of COCO's 5,000 images.
+PROTOCOLS = {
+    "coco_5k": Protocol("coco_karpathy_test", 5000, 5),
+    "coco_1k": Protocol("coco_karpathy_test", 5000, 5, folds=5),
+    "flickr30k_1k": Protocol("flickr30k_test", 1000, 5),
+}
+
+
 @dataclass(frozen=True)
 class OpenSet:
     """A set whose items are known and can be measured.
@@ -32,11 +58,19 @@ class OpenSet:
         source: name, kind and folder.
         items: its images, in order.
         texts: all that are compared with them: captions, image after image, or prompts.
+        folds: galleries that a retrieval set is cut into.
     """
 
     source: EvaluationSet
     items: list[Item]
     texts: list[str]
+    folds: int = 1
+
+    @property
+    def identity(self) -> str:
+        """sha256 of what is measured on: the images, and what is said of them."""
+        said = [[item.identity, item.label, item.captions] for item in self.items]
+        return hashlib.sha256(json.dumps([self.source.kind, said, self.texts, self.folds]).encode()).hexdigest()
 
     def figures(self, image_ND: Tensor, embed: EmbedTexts) -> Result:
         """Score the embeddings.
@@ -60,13 +94,16 @@ def choose(data: Path, names: Sequence[str] | None = None) -> list[EvaluationSet
 
     Args:
         data: the dataset.
-        names: of the sets; None or empty for all that there is a measure for.
+        names: of the sets, or of PROTOCOLS; None or empty for all sets that there is a measure for.
 
     Raises:
         EvaluationError: a set that was asked for is not there, or none can be measured.
     """
     dataset = manifest.read(data)
     available = {source.name: source for source in dataset.evaluation_sets}
+    for name, protocol in PROTOCOLS.items():
+        if protocol.of in available and name in (names or ()):
+            available[name] = replace(available[protocol.of], name=name)
     if unknown := sorted(set(names or ()) - set(available)):
         raise EvaluationError(f"{data}: has no evaluation set {unknown[0]}. It has {', '.join(available) or 'none'}.")
     chosen = [available[name] for name in dict.fromkeys(names)] if names else list(available.values())
@@ -87,8 +124,16 @@ def open_set(source: EvaluationSet) -> OpenSet:
     Raises:
         EvaluationError: it is damaged, or its parts do not fit each other.
     """
-    items = sets.read(source)
-    return OpenSet(source, items, MEASURES[source.kind].texts(source, items))
+    items, protocol = sets.read(source), PROTOCOLS.get(source.name)
+    if protocol:
+        if len(items) != protocol.images:
+            raise EvaluationError(
+                f"{source.name} is a protocol of {protocol.images:,} images of {protocol.of}, and there are "
+                f"{len(items):,}. Measure --set {protocol.of} instead, or build the whole split."
+            )
+        items = [replace(item, captions=item.captions[: protocol.captions]) for item in items]
+    texts = MEASURES[source.kind].texts(source, items)
+    return OpenSet(source, items, texts, protocol.folds if protocol else 1)
 
 
 def _prompts(source: EvaluationSet, items: list[Item]) -> list[str]:
@@ -111,12 +156,12 @@ def _captions(source: EvaluationSet, items: list[Item]) -> list[str]:
 def _classification(opened: OpenSet, image_ND: Tensor, embed: EmbedTexts) -> Result:
     names, templates = sets.class_names(opened.source), sets.templates(opened.source)
     class_KD = classification.class_embeddings(names, templates, embed)
-    return classification.measure(image_ND, class_KD, [item.label for item in opened.items])
+    return classification.measure(image_ND, class_KD, [item.label for item in opened.items], names)
 
 
 def _retrieval(opened: OpenSet, image_ND: Tensor, embed: EmbedTexts) -> Result:
     owners = [index for index, item in enumerate(opened.items) for _ in item.captions]
-    return retrieval.measure(image_ND, embed(opened.texts), owners)
+    return retrieval.measure(image_ND, embed(opened.texts), owners, folds=opened.folds)
 
 
 def _selection(opened: OpenSet, image_ND: Tensor, embed: EmbedTexts) -> Result:

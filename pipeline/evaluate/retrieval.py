@@ -3,19 +3,21 @@
 Shapes: N images, M captions, B of either at a time, D = embedding width. A caption's owner is the index of its image.
 
 CLIP_benchmark's definitions: image_retrieval_recall@K takes a caption and looks for its image; text_retrieval_recall@K
-takes an image, and any of its captions among the first K is a hit.
+takes an image, and any of its captions among the first K is a hit. A median rank, which it has not, counts from 1.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
+from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.evaluate.result import Result
-from pipeline.evaluate.statistics import interval
+from pipeline.evaluate.statistics import Sampled
 from pipeline.evaluate.ties import hit_share, scores
 
 TASK = "zeroshot_retrieval"
@@ -23,33 +25,78 @@ CUTOFFS = (1, 5, 10)
 BLOCK = 1024
 
 
-def measure(image_ND: Tensor, text_MD: Tensor, owners: Sequence[int]) -> Result:
-    """Recall at 1, 5 and 10, both ways; ties are shared (see ties.py).
+def measure(image_ND: Tensor, text_MD: Tensor, owners: Sequence[int], *, folds: int = 1) -> Result:
+    """Recall at 1, 5 and 10 and the median rank, both ways; ties are shared (see ties.py).
 
     Args:
         image_ND: unit-norm.
         text_MD: unit-norm.
-        owners: (M,) index of each caption's image; every image has at least one.
+        owners: (M,) index of each caption's image, ascending; every image has at least one.
+        folds: consecutive images are cut into so many equal galleries, each searched by itself (as in COCO's "1K"
+            protocol, five of them); recalls are the mean over the galleries, ranks are taken together.
     """
-    owner_M = torch.as_tensor(owners)
+    owner_M, size = torch.as_tensor(owners), len(image_ND) // folds
+    parts = []
+    for fold in range(folds):
+        of_fold = slice(*torch.searchsorted(owner_M, torch.tensor([fold * size, (fold + 1) * size])).tolist())
+        parts.append(_search(image_ND[fold * size :][:size], text_MD[of_fold], owner_M[of_fold] - fold * size))
+    sampled, chance = {}, {}
+    for way in parts[0]:
+        found = [part[way] for part in parts]
+        images = np.concatenate([one.images + fold * size for fold, one in enumerate(found)])
+        galleries = np.repeat(np.arange(folds), [len(one.images) for one in found])
+        for k in CUTOFFS:
+            hit_M = torch.cat([one.hits(k) for one in found])
+            sampled[f"{way}_recall@{k}"] = Sampled.of(hit_M, images=images, groups=galleries)
+            chance[f"{way}_recall@{k}"] = float(torch.stack([one.chance(k) for one in found]).mean())
+        name, rank_M = f"{way}_median_rank", torch.cat([one.ranks() for one in found])
+        sampled[name] = Sampled.of(rank_M, images=images, statistic="median")
+    chance["image_retrieval_median_rank"] = (size + 1) / 2
+    return Result(TASK, size * folds, sampled, chance)
+
+
+class Standing(NamedTuple):
+    """How Q queries found the best of their right answers, among K keys.
+
+    Attributes:
+        above_Q: wrong keys that score higher.
+        right_Q: right keys that score the same, itself included.
+        wrong_Q: wrong keys that score the same.
+        rights_Q: right keys there are.
+        keys: K.
+        images: (Q,) the image that a query is, or is of.
+    """
+
+    above_Q: Tensor
+    right_Q: Tensor
+    wrong_Q: Tensor
+    rights_Q: Tensor
+    keys: int
+    images: NDArray[np.int64]
+
+    def hits(self, k: int) -> Tensor:
+        """(Q,) whether a right key is among the first k: 1, 0, or the share that ties leave."""
+        return hit_share(self.above_Q, self.right_Q, self.wrong_Q, k)
+
+    def ranks(self) -> Tensor:
+        """(Q,) the place of the first right key, the expected one where it ties with wrong ones."""
+        return self.above_Q + (self.wrong_Q + self.right_Q + 1) / (self.right_Q + 1).double()
+
+    def chance(self, k: int) -> Tensor:
+        """() the mean of `hits` were all scores equal."""
+        return hit_share(torch.zeros_like(self.rights_Q), self.rights_Q, self.keys - self.rights_Q, k).mean()
+
+
+def _search(image_ND: Tensor, text_MD: Tensor, owner_M: Tensor) -> dict[str, Standing]:
+    """Both ways, within one gallery."""
     image_N = torch.arange(len(image_ND))
     captions_N = torch.bincount(owner_M, minlength=len(image_ND))
     to_images = standing(text_MD, image_ND, owner_M, image_N)
     to_texts = standing(image_ND, text_MD, image_N, owner_M)
-    none_N = torch.zeros_like(captions_N)
-    metrics, resampled, chance = {}, {}, {}
-    for k in CUTOFFS:
-        name = f"image_retrieval_recall@{k}"
-        found_M = hit_share(*to_images, k)
-        found_N = torch.zeros(len(image_ND), dtype=torch.float64).index_add(0, owner_M, found_M)
-        metrics[name], resampled[name] = float(found_M.mean()), partial(interval, found_N, captions_N)
-        chance[name] = min(1.0, k / len(image_ND))
-    for k in CUTOFFS:
-        name = f"text_retrieval_recall@{k}"
-        found_N = hit_share(*to_texts, k)
-        metrics[name], resampled[name] = float(found_N.mean()), partial(interval, found_N)
-        chance[name] = float(hit_share(none_N, captions_N, len(text_MD) - captions_N, k).mean())
-    return Result(TASK, metrics, resampled, chance)
+    return {
+        "image_retrieval": Standing(*to_images, torch.ones_like(owner_M), len(image_ND), owner_M.numpy()),
+        "text_retrieval": Standing(*to_texts, captions_N, len(text_MD), image_N.numpy()),
+    }
 
 
 def standing(

@@ -1,90 +1,152 @@
-"""Every evaluation set of a dataset, measured on one checkpoint."""
+"""Every evaluation set of a dataset, measured on one model: the files and the table that come of it."""
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from data_prep.manifest import EvaluationSet
 from pipeline import checkpoint as checkpoints
+from pipeline import exchange, ranks
 from pipeline import trained as loading
-from pipeline.evaluate import sets
-from pipeline.evaluate.embed import embed_images, embed_texts
-from pipeline.evaluate.measures import choose, open_set
-from pipeline.evaluate.result import Result
-from pipeline.trained import TrainedModel
+from pipeline.evaluate.embed import Cache, Embedder, distinct, rows
+from pipeline.evaluate.measures import OpenSet, choose, open_set
+from pipeline.evaluate.result import Result, write_rows
+from pipeline.evaluate.sets import EvaluationError
+from pipeline.trained import LoadedModel, TrainedModel
+
+CSV = "results.csv"
 
 
 def evaluate(
-    run: Path, data: Path, *, names: Sequence[str] | None = None, step: int | None = None
+    source: str,
+    data: Path,
+    *,
+    names: Sequence[str] | None = None,
+    step: int | None = None,
+    average: bool = False,
+    out: Path | None = None,
+    cache: bool = True,
 ) -> list[dict[str, Any]]:
-    """Measure a run's checkpoint on a dataset's evaluation sets; writes RUN/eval/STEP/SET.json and prints a table.
+    """Measure a model on a dataset's evaluation sets, write OUT/SET.json and OUT/results.csv, and print a table.
 
     Args:
-        run: the run folder.
+        source: a run folder, or any other model (see trained.load_any).
         data: the dataset.
         names: the sets to measure; None for all that there is a measure for.
-        step: the checkpoint's; None for the newest.
+        step: a run's checkpoint; None for the newest.
+        average: a run's moving average of the weights.
+        out: where results go; None for `results_folder`.
+        cache: keep embeddings in OUT/embeddings, and take those that are there.
+
+    Returns:
+        The records, on every rank.
 
     Raises:
-        EvaluationError: a set that was asked for is not there, or cannot be measured.
+        EvaluationError: a set that was asked for is not there, or cannot be measured, or there is no place for results.
+
+    Collective: every rank that a launcher started calls it.
     """
-    measured = choose(data, names)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    trained = loading.load(run, step, device)
-    folder = run / "eval" / checkpoints.folder_name(trained.step)
+    with ranks.inference() as (rank, world, device):
+        measured = exchange.from_main(lambda: choose(data, names))
+        model = loading.load_any(source, step, device, average=average)
+        folder = out or results_folder(model, average=average)
+        embedder = embedder_of(model, folder if cache else None, rank, world)
+        bar = Console(stderr=True)
+        records = []
+        for one in track(measured, "evaluate", console=bar, disable=rank > 0 or not bar.is_terminal):
+            opened = exchange.from_main(partial(open_set, one))
+            embedded = embed(embedder, opened)
+            records.append(exchange.from_main(partial(_measure, model, folder, opened, *embedded)))
+        if rank == 0:
+            checkpoints.write_atomically(folder / CSV, as_csv(records))
+            Console().print(table(records))
+    return records
+
+
+def results_folder(model: LoadedModel, *, average: bool = False) -> Path:
+    """RUN/eval/STEP of a run's checkpoint; RUN/eval/STEP-average of its average.
+
+    Raises:
+        EvaluationError: the model is no run's.
+    """
+    if not isinstance(model, TrainedModel):
+        raise EvaluationError(f"{model.name} is no run, so where its results go must be said: --out FOLDER.")
+    return model.run / "eval" / (checkpoints.folder_name(model.step) + "-average" * average)
+
+
+def embedder_of(model: LoadedModel, folder: Path | None, rank: int = 0, world: int = 1) -> Embedder:
+    """Of a model over all ranks, with embeddings kept in `folder`/embeddings."""
+    cache = Cache(folder / "embeddings", model.identity) if folder else None
+    return Embedder(model, model.batch_size, model.workers, rank, world, cache)
+
+
+def embed(embedder: Embedder, opened: OpenSet) -> tuple[Any, Any]:
+    """(N, D) of a set's images, and texts → (M, D) of its texts.
+
+    Collective: every rank calls it.
+    """
+    unique = distinct(opened.texts)
+    return embedder.images(opened.items), rows(unique, embedder.texts(unique))
+
+
+def _measure(model: LoadedModel, folder: Path, opened: OpenSet, image_ND: Any, embed: Any) -> dict[str, Any]:
+    """Score a set, and keep its record and its rows."""
+    result = opened.figures(image_ND, embed)
+    found = record(model, opened, result)
     folder.mkdir(parents=True, exist_ok=True)
-    results = []
-    for source in track(
-        measured, "evaluate", console=Console(stderr=True), disable=not Console(stderr=True).is_terminal
-    ):
-        result = measure(trained, source)
-        record: dict[str, Any] = {
-            "dataset": source.name,
-            "model": trained.recipe.model.name or run.resolve().name,
-            "pretrained": str(run / "checkpoints" / checkpoints.folder_name(trained.step)),
-            "task": result.task,
-            "metrics": result.metrics,
-            "intervals": result.intervals,
-            "chance": result.chance,
-            "images": source.samples,
-            "language": "en",
-        }
-        if result.classes:
-            record["classes"] = [
-                {"name": name, "images": found.images, "accuracy": found.accuracy}
-                for name, found in zip(sets.class_names(source), result.classes, strict=True)
-            ]
-        checkpoints.write_atomically(folder / f"{source.name}.json", json.dumps(record, indent=1))
-        results.append(record)
-    Console().print(table(results))
-    return results
+    write_rows(folder / f"{opened.source.name}.parquet", result.sampled)
+    checkpoints.write_atomically(folder / f"{opened.source.name}.json", json.dumps(found, indent=1))
+    return found
 
 
-def measure(trained: TrainedModel, source: EvaluationSet) -> Result:
-    """One set, measured as its kind asks."""
-    opened = open_set(source)
-    settings = trained.recipe.evaluate
-    image_ND = embed_images(trained, opened.items, batch_size=settings.batch_size, workers=settings.workers)
-    return opened.figures(image_ND, partial(embed_texts, trained, batch_size=settings.batch_size))
+def record(model: LoadedModel, opened: OpenSet, result: Result) -> dict[str, Any]:
+    """CLIP_benchmark's record of a result, with intervals, chance, and what was measured on."""
+    return {
+        "dataset": opened.source.name,
+        "model": model.name,
+        "pretrained": model.source,
+        "task": result.task,
+        "metrics": result.metrics,
+        "intervals": result.intervals,
+        "chance": dict(result.chance),
+        "images": result.images,
+        "data": opened.identity,
+        "weights": model.identity,
+        "language": "en",
+        **result.describe(),
+    }
 
 
-def table(results: Sequence[dict[str, Any]]) -> Table:
+def as_csv(records: Sequence[dict[str, Any]]) -> str:
+    """One row a figure: model, pretrained, task, dataset, metric, value, low, high, chance."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["model", "pretrained", "task", "dataset", "metric", "value", "low", "high", "chance", "images"])
+    for one in records:
+        about = [one[key] for key in ("model", "pretrained", "task", "dataset")]
+        for name, value in one["metrics"].items():
+            low, high = one["intervals"].get(name, ("", ""))
+            writer.writerow([*about, name, value, low, high, one["chance"].get(name, ""), one["images"]])
+    return out.getvalue()
+
+
+def table(records: Sequence[dict[str, Any]]) -> Table:
     """One row a metric: value, interval, chance."""
-    rows = Table("set", "metric", "value", "95 % interval", "chance", box=None)
-    for record in results:
-        for number, (name, value) in enumerate(record["metrics"].items()):
-            interval = record["intervals"].get(name)
+    found = Table("set", "metric", "value", "95 % interval", "chance", box=None)
+    for one in records:
+        for number, (name, value) in enumerate(one["metrics"].items()):
+            interval = one["intervals"].get(name)
             spread = f"{interval[0]:.3f} – {interval[1]:.3f}" if interval else ""
-            chance = record["chance"].get(name)
-            label = record["dataset"] if number == 0 else ""
-            rows.add_row(label, name, f"{value:.3f}", spread, "" if chance is None else f"{chance:.3f}")
-    return rows
+            chance = one["chance"].get(name)
+            label = one["dataset"] if number == 0 else ""
+            found.add_row(label, name, f"{value:.3f}", spread, "" if chance is None else f"{chance:.3f}")
+    return found

@@ -7,13 +7,12 @@ won by the words alone. Shapes: N images, M captions, C captions of one image, D
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from pipeline.evaluate.result import Result
-from pipeline.evaluate.statistics import interval
+from pipeline.evaluate.statistics import Sampled
 from pipeline.evaluate.ties import hit_share, scores
 
 TASK = "image_caption_selection"
@@ -38,4 +37,4 @@ def measure(image_ND: Tensor, text_MD: Tensor, captions_N: Sequence[int]) -> Res
         tied.append(int((score_C == score_C[0]).sum()) - 1)
     hit_N = hit_share(torch.tensor(above), torch.ones_like(count_N), torch.tensor(tied), 1)
     chance = float((1 / count_N.double()).mean())
-    return Result(TASK, {"acc": float(hit_N.mean())}, {"acc": partial(interval, hit_N)}, {"acc": chance})
+    return Result(TASK, len(image_ND), {"acc": Sampled.of(hit_N)}, {"acc": chance})

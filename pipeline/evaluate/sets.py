@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import json
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -22,20 +24,34 @@ class EvaluationError(DataError):
 
 @dataclass(frozen=True)
 class Item:
-    """One image of a tar: where its bytes lie, and what is said of it.
+    """One image: where its bytes lie, and what is said of it.
 
     Attributes:
-        tar, offset, size: of the encoded image.
+        file, offset, size: of the encoded image, within a tar or by itself.
         label: class index; -1 outside classification.
         captions: a line each of `txt`; empty in classification.
+        record: the sample's `json`; empty where there is none.
     """
 
     key: str
-    tar: Path
+    file: Path
     offset: int
     size: int
-    label: int
-    captions: tuple[str, ...]
+    label: int = -1
+    captions: tuple[str, ...] = ()
+    record: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def identity(self) -> str:
+        """Tells its pixels from others': the bytes' sha256 where it is known, else where and when they were written."""
+        known = self.record.get("sha256")
+        return str(known or f"{self.file.resolve()} {self.offset} {self.size} {self.file.stat().st_mtime_ns}")
+
+    def read(self) -> bytes:
+        """The encoded image."""
+        with self.file.open("rb") as file:
+            file.seek(self.offset)
+            return file.read(self.size)
 
     def open(self) -> Image.Image:
         """The picture as RGB, read when asked for.
@@ -43,14 +59,11 @@ class Item:
         Raises:
             EvaluationError: it does not decode.
         """
-        with self.tar.open("rb") as file:
-            file.seek(self.offset)
-            encoded = file.read(self.size)
         try:
-            return Image.open(io.BytesIO(encoded)).convert("RGB")
+            return Image.open(io.BytesIO(self.read())).convert("RGB")
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise EvaluationError(
-                f"{self.tar}: image {self.key} does not decode ({error}). `python -m data_prep verify` says whether "
+                f"{self.file}: image {self.key} does not decode ({error}). `python -m data_prep verify` says whether "
                 "the file is as it was written."
             ) from None
 
@@ -76,7 +89,7 @@ def read_tar(path: Path) -> list[Item]:
     """The items of one uncompressed tar, in order; an evaluation set's or a train shard.
 
     Raises:
-        EvaluationError: it is missing or broken, or a `cls` is no integer.
+        EvaluationError: it is missing or broken, a `cls` is no integer, or a `json` does not parse.
     """
     try:
         return [item for parts in _members(path) if (item := parts.item(path)) is not None]
@@ -114,7 +127,9 @@ class _Parts:
             return None
         captions = self.texts.get("txt", b"").decode("utf-8").split("\n")
         label = int(self.texts.get("cls", b"-1"))
-        return Item(self.key, tar, *place, label, tuple(line for line in captions if line.strip()))
+        record = json.loads(self.texts.get("json", b"{}"))
+        lines = tuple(line for line in captions if line.strip())
+        return Item(self.key, tar, *place, label, lines, record if isinstance(record, dict) else {})
 
 
 def _members(path: Path) -> Iterator[_Parts]:
@@ -127,7 +142,7 @@ def _members(path: Path) -> Iterator[_Parts]:
             parts = by_key.setdefault(key, _Parts(key))
             if extension in IMAGE_EXTENSIONS:
                 parts.images[extension] = (member.offset_data, member.size)
-            elif extension in ("txt", "cls") and (content := tar.extractfile(member)):
+            elif extension in ("txt", "cls", "json") and (content := tar.extractfile(member)):
                 parts.texts[extension] = content.read()
     return iter(by_key.values())
 

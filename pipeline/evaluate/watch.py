@@ -78,7 +78,7 @@ def _measure(run: Path, data: Path, names: Sequence[str], step: int) -> bool:
     """Measure one checkpoint; False where it cannot be."""
     log.info("step %d:", step)
     try:
-        evaluate(run, data, names=names, step=step)
+        evaluate(str(run), data, names=names, step=step, cache=False)
     except CheckpointError as error:
         if step in checkpoints.steps(run):
             log.warning("%s Passed over.", error)

@@ -71,7 +71,7 @@ def test_a_collapsed_model_scores_chance(images, width):
     text = F.normalize(torch.randn(1, width, generator=generator), dim=1).repeat(images * 3, 1)
     assert len(scores(image, text).unique()) == 1
     found = retrieval.measure(image, text, [number // 3 for number in range(images * 3)])
-    assert found.metrics == pytest.approx(found.chance, abs=1e-9)
+    assert {name: found.metrics[name] for name in found.chance} == pytest.approx(found.chance, abs=1e-9)
 
 
 def test_chance_is_what_random_embeddings_score():
@@ -83,8 +83,9 @@ def test_chance_is_what_random_embeddings_score():
         found = retrieval.measure(image, text, owners.tolist())
         for name, value in found.metrics.items():
             drawn.setdefault(name, []).append(value)
-    for name, values in drawn.items():
-        assert sum(values) / len(values) == pytest.approx(found.chance[name], abs=0.02), name
+    for name, chance in found.chance.items():
+        near = 0.5 if name.endswith("rank") else 0.02
+        assert sum(drawn[name]) / len(drawn[name]) == pytest.approx(chance, abs=near), name
 
 
 @settings(max_examples=80, deadline=None)
@@ -132,3 +133,30 @@ def test_an_interval_draws_images_and_not_captions():
     low, high = found.intervals["image_retrieval_recall@1"]
     assert found.metrics["image_retrieval_recall@1"] == 0.5
     assert high - low > 0.5
+
+
+def test_folds_are_galleries_of_their_own():
+    """COCO's 1K protocol: the mean of five searches; ranks within their gallery."""
+    generator = torch.Generator().manual_seed(3)
+    image, text, owners = embeddings(generator, torch.randint(1, 4, (40,), generator=generator))
+    found = retrieval.measure(image, text, owners.tolist(), folds=5)
+    parts = []
+    for fold in range(5):
+        of_fold = owners // 8 == fold
+        parts.append(retrieval.measure(image[8 * fold :][:8], text[of_fold], (owners[of_fold] - 8 * fold).tolist()))
+    for name, value in found.metrics.items():
+        if "recall" in name:
+            assert value == pytest.approx(sum(part.metrics[name] for part in parts) / 5)
+            assert found.chance[name] == pytest.approx(sum(part.chance[name] for part in parts) / 5)
+        else:
+            ranks = [rank for part in parts for rank in part.sampled[name].values]
+            assert value == sorted(ranks)[len(ranks) // 2] or len(ranks) % 2 == 0
+    assert found.images == 40
+
+
+def test_the_median_rank_counts_from_one():
+    found = measure([[0.9, 0.1, 0.5], [0.8, 0.7, 0.4], [0.2, 0.3, 0.6]], [0, 1, 2])
+    assert found["image_retrieval_median_rank"] == 1
+    # Caption 0 finds its image last of three, caption 1 second, caption 2 first.
+    found = measure([[0.1, 0.4, 0.0], [0.9, 0.3, 0.1], [0.5, 0.1, 0.2]], [0, 1, 2])
+    assert found["image_retrieval_median_rank"] == 2
