@@ -141,6 +141,8 @@ def train(recipe: Recipe, run: Path) -> str:
             if average:
                 average.load_state_dict(saved.average or saved.model)  # of a run that was begun without, it begins here
         progress |= {name: saved.state[name] for name in progress}
+        if accelerator.scaler and (scaler := saved.state.get("scaler")):
+            accelerator.scaler.load_state_dict(scaler)
     accelerator.ddp_handler.broadcast_buffers = bool(statistics)
     trained = [parameter for parameter in towers.parameters() if parameter.requires_grad]
     parallel: Any = torch.compile(towers) if recipe.train.compile else towers
@@ -370,6 +372,7 @@ def train(recipe: Recipe, run: Path) -> str:
                     **progress,
                     "wall_s": wall_before + now - started,
                     "symptoms": symptoms.state(),
+                    "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
                 }
                 averaged = average.state_dict() if average else None
                 if sharded:

@@ -272,3 +272,32 @@ def test_settings_train_and_go_on_to_the_bit(command, settings):
     for name in ("loss", "logit_scale", "grad_norm"):
         assert [line[name] for line in read_metrics(run)] == [line[name] for line in straight], name
     assert (run / "checkpoints/step-00000008/ema.safetensors").is_file()
+
+
+def scaled(rank):
+    """fp16's scaler of losses, on a CPU, that grows every third step."""
+    from pipeline import ranks
+
+    inner = ranks.start
+
+    def start(**options):
+        accelerator = inner(**options)
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=4, growth_interval=3)
+        return accelerator
+
+    ranks.start = start
+
+
+def test_the_scale_of_float16_losses_is_in_a_checkpoint(command):
+    arguments, run = command
+    arguments += ["optim.schedule=constant", "optim.clip_norm=null"]
+    newest = run / "checkpoints" / "step-00000008"
+    assert train(arguments, before=scaled) == 0
+    straight, state = read_metrics(run), json.loads((newest / "state.json").read_text())
+    assert (state["scaler"]["scale"], state["scaler"]["_growth_tracker"]) == (16, 2)
+    for step in range(5, 9):
+        (run / "checkpoints" / f"step-{step:08d}" / "CHECKSUMS.json").unlink()
+    assert train(arguments, before=scaled) == 0
+    assert json.loads((newest / "state.json").read_text())["scaler"] == state["scaler"]
+    for name in ("loss", "grad_norm"):  # that of the scaled loss: without float16, nobody takes the scale out
+        assert [line[name] for line in read_metrics(run)] == [line[name] for line in straight], name
