@@ -59,6 +59,8 @@ def finish_gradients(towers: Towers, clip_norm: float) -> Tensor:
     parts = []
     for cut in (True, False):
         part = [one for one in trained if isinstance(one, DTensor) is cut]
+        if not part:
+            continue  # its norm would lie on the CPU
         if not cut:
             for one in part:
                 dist.all_reduce(one.grad)
