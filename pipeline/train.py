@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from pipeline import begin, exchange, layers, model, ranks, sharding, tokenizer
@@ -388,11 +389,17 @@ def measure(
     evaluators: Evaluators, towers: model.Towers, average: WeightAverage | None, device: torch.device
 ) -> dict[str, float]:
     """`SET/METRIC` → value of the weights, and as ema/SET/METRIC of their average. Collective: every rank calls it."""
-    figures = evaluators.measure(towers, device)
+
+    def of_now() -> dict[str, float]:
+        if dist.is_initialized():
+            for buffer in layers.batch_statistics(towers):
+                dist.broadcast(buffer, src=0)  # as they are saved, and as DDP's next forward pass would
+        return evaluators.measure(towers, device)
+
+    figures = of_now()
     if average:
         with average.in_place_of(towers):
-            averaged = evaluators.measure(towers, device)
-        figures |= {f"{AVERAGED}{name}": value for name, value in averaged.items()}
+            figures |= {f"{AVERAGED}{name}": value for name, value in of_now().items()}
     return figures
 
 

@@ -88,6 +88,16 @@ def test_both_are_measured_and_training_goes_on_as_without(start, measured, worl
     assert (run / "checkpoints" / "BEST").read_text() == f"step-{best:08d}"
 
 
+def test_several_ranks_measure_with_the_batch_statistics_that_are_saved(start, measured):
+    vision = "{layers: [1, 1, 1, 1], width: 16, head_width: 32, image_size: 32}"
+    text = "{context_length: 12, vocab_size: 49408, width: 16, heads: 2, layers: 1}"
+    config = f"model.config={{embed_dim: 32, vision_cfg: {vision}, text_cfg: {text}}}"
+    run = start("run", config, "evaluate.every_steps=4", f"evaluate.data={measured}", world=2)
+    for prefix, file in (("", "model.safetensors"), ("ema/", "ema.safetensors")):
+        for name, value in measure(run, measured, file).items():
+            assert figures(run)[-1][f"{prefix}{name}"] == pytest.approx(value, rel=1e-5), name
+
+
 @pytest.mark.parametrize(("world", "settings"), [(1, []), (2, ["train.sharding=fsdp2"])])
 def test_an_average_that_is_asked_for_later_begins_with_the_weights_of_then(start, world, settings):
     start("run", *settings, "optim.ema=null", world=world)
