@@ -30,7 +30,16 @@ from data_prep.locations import (
 )
 from data_prep.record import DataError
 from pipeline import checkpoint as checkpoints
-from pipeline.checkpoint import BEST, CHECKSUMS, FOLDERS, KEEP_AT_LEAST, LATEST, CheckpointError, folder_name
+from pipeline.checkpoint import (
+    BEST,
+    CHECKSUMS,
+    FOLDERS,
+    KEEP_AT_LEAST,
+    LATEST,
+    STATE,
+    CheckpointError,
+    folder_name,
+)
 from pipeline.tracking import BY_STEP
 
 RUN_FILES = ("config.yaml", "environment.json", "tokenizer/*", "text_tower/*")
@@ -176,6 +185,22 @@ def fetch_copy(run: Path, copy_to: str) -> int | None:
     if candidates:
         raise CheckpointError(f"{root}: none of {len(candidates)} copied checkpoints is intact.")
     return None
+
+
+def fetch_description(copy_to: str, folder: Path) -> None:
+    """Bring all of a copy but its tensors: what its run was begun with, and how far it got.
+
+    Raises:
+        DataError: the copy cannot be reached.
+    """
+    root = _root(copy_to)
+    for pattern in RUN_FILES:
+        for path in _glob(root, pattern):
+            _fetch(path, folder / Path(pattern).with_name(path.name))
+    for name in map(folder_name, _steps_in(root)):
+        with contextlib.suppress(FileNotFoundError):
+            for file in (STATE, CHECKSUMS):
+                _fetch(root / name / file, folder / "checkpoints" / name / file)
 
 
 def _bring(root: Path, run: Path, step: int) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,8 @@ from rich.table import Table
 from data_prep.record import DataError
 from pipeline import begin, memory, model, ranks, tokenizer
 from pipeline import checkpoint as checkpoints
-from pipeline.checkpoint import STATE, folder_name
+from pipeline.checkpoint import STATE, Checkpoint, folder_name
+from pipeline.checkpoint_copy import fetch_description
 from pipeline.checkpoint_writer import AVERAGED
 from pipeline.config import Recipe, RecipeError
 from pipeline.data.cache import Cache
@@ -69,26 +71,38 @@ def dry_run(recipe: Recipe, run: Path) -> bool:
 
 def look(recipe: Recipe, run: Path) -> Findings:
     """Look at everything that training needs, in the order in which it would come to it."""
-    found, world = Findings(), recipe.train.processes or int(os.environ.get("WORLD_SIZE", "1"))
+    found = Findings()
+    if checkpoints.steps(run) or not recipe.checkpoint.copy_to:
+        _look(recipe, run, run, found)
+        return found
+    with tempfile.TemporaryDirectory(prefix="dry-run-") as folder:
+        with found.problem_with("copy"):
+            fetch_description(recipe.checkpoint.copy_to, Path(folder))
+        _look(recipe, run, Path(folder), found)
+    return found
+
+
+def _look(recipe: Recipe, run: Path, begun: Path, found: Findings) -> None:
+    """`begun` is where the run has been begun: `run` itself, or what is known of its copy."""
+    world = recipe.train.processes or int(os.environ.get("WORLD_SIZE", "1"))
     model_cfg: dict[str, Any] = {}
     with found.problem_with("model"):
-        begun = bool(checkpoints.steps(run))
-        if begun:
-            recipe = begin.resolved(recipe, run, begun=True)
+        goes_on = bool(checkpoints.steps(begun))
+        if goes_on:
+            recipe = begin.resolved(recipe, begun, begun=True)
         model_cfg = model.model_cfg(recipe.model.name, recipe.model.config)
-        if begun:
-            model_cfg = model.with_kept_text(model_cfg, run)
+        if goes_on:
+            model_cfg = model.with_kept_text(model_cfg, begun)
     _device(recipe, world, found)
     _extras(recipe, model_cfg, found)
     sets = _data(recipe, found)
-    state = _run_folder(run, found)
+    saved = _run_folder(run, begun, found)
     if sets is not None:
-        _plan(recipe, run, sets, world, state, found)
+        _plan(recipe, begun, sets, world, saved, found)
     if model_cfg:
-        _tokenizer(recipe, run, model_cfg, state is not None, found)
-        _towers(recipe, model_cfg, world, found)
+        _tokenizer(recipe, begun, model_cfg, saved is not None, found)
+        _towers(recipe, model_cfg, world, saved is not None, found)
     _evaluation(recipe, found)
-    return found
 
 
 def _device(recipe: Recipe, world: int, found: Findings) -> None:
@@ -124,27 +138,33 @@ def _data(recipe: Recipe, found: Findings) -> list[TarSet] | None:
     return sets if len(sets) == len(recipe.data.datasets) else None
 
 
-def _run_folder(run: Path, found: Findings) -> dict[str, Any] | None:
-    """The state that a run would go on from; None where it would begin."""
-    state: dict[str, Any] | None = None
+def _run_folder(run: Path, begun: Path, found: Findings) -> Checkpoint | None:
+    """What a run would go on from, without tensors; None where it would begin."""
+    saved: Checkpoint | None = None
     with found.problem_with("run folder"):
         there = next(path for path in (run, *run.absolute().parents) if path.exists())
         if not there.is_dir() or not os.access(there, os.W_OK):
             raise RecipeError(f"{run} cannot be written: {there} is no folder that may be. Choose another run folder.")
-        if steps := checkpoints.steps(run):
-            folder = run / "checkpoints" / folder_name(steps[0])
-            state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        saved = checkpoints.load_newest(begun, _unverified)
+        copy = "" if begun == run else " of its copy"
         found.say(
             "run folder",
-            f"{run}: goes on from step {steps[0]}, if its files are whole" if steps else f"{run}: begins at step 0",
+            f"{run}: goes on from step {saved.step}{copy}, if its files are whole"
+            if saved
+            else f"{run}: begins at step 0",
         )
-    return state
+    return saved
 
 
-def _plan(
-    recipe: Recipe, run: Path, sets: list[TarSet], world: int, state: dict[str, Any] | None, found: Findings
-) -> None:
-    stream = state["stream"] if state else None
+def _unverified(run: Path, step: int) -> Checkpoint:
+    """As checkpoints.load_state, but in a moment: nothing is hashed."""
+    folder = run / "checkpoints" / folder_name(step)
+    with checkpoints.reading(folder):
+        return Checkpoint(step, {}, {}, json.loads((folder / STATE).read_text(encoding="utf-8")))
+
+
+def _plan(recipe: Recipe, run: Path, sets: list[TarSet], world: int, saved: Checkpoint | None, found: Findings) -> None:
+    stream = saved.state["stream"] if saved else None
     with found.problem_with("plan"):
         plan = begin.plan_of(recipe, sets, world, stream)
         total, epoch = begin.length(recipe.train, plan), plan.first_step(1)
@@ -169,13 +189,14 @@ def _tokenizer(recipe: Recipe, run: Path, model_cfg: dict[str, Any], begun: bool
         found.say("tokenizer", f"{kind}, {made.vocab_size:,} ids, {made.context_length} to a text")
 
 
-def _towers(recipe: Recipe, model_cfg: dict[str, Any], world: int, found: Findings) -> None:
+def _towers(recipe: Recipe, model_cfg: dict[str, Any], world: int, begun: bool, found: Findings) -> None:
     with found.problem_with("model"):
         towers = memory.towers_without_numbers(recipe, model_cfg)
         sizes = [(value.numel(), value.requires_grad) for value in towers.parameters()]
         trained = sum(size for size, trains in sizes if trains)
         found.say("model", f"{sum(size for size, _ in sizes):,} parameters, {trained:,} of them trained")
-        _pretrained(recipe, found)
+        if not begun:
+            _pretrained(recipe, found)
         need = memory.of_recipe(recipe, world, model_cfg).peak / 1e9
         found.say("memory", f"{need:.3g} GB a rank at the peak (`python -m pipeline plan-memory` says what for)")
         for there in memory.this_gpu_gb() if recipe.train.device != "cpu" else []:

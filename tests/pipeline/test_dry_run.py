@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from data_prep import manifest
-from pipeline import config, dry_run, memory
+from pipeline import begin, config, dry_run, memory
 from pipeline.__main__ import main
+from tests.conftest import RECIPE
 from tests.pipeline.test_during import write_set
 from tests.processes import train
 
@@ -102,6 +103,32 @@ def test_whether_a_run_would_go_on_is_told(recipe, dataset, tmp_path):
     assert "optim.lr: 0.001 -> 0.5" in problem
     assert not dry_run.look(loaded(path, dataset, "optim.lr=0.5", "train.accept_changes=true"), run).problems
     assert before == sorted((file, file.stat().st_mtime_ns) for file in run.rglob("*"))
+
+
+def test_a_run_is_compared_with_the_copy_that_it_would_come_back_from(recipe, dataset, tmp_path):
+    copied = f"checkpoint.copy_to={tmp_path / 'copy'}"
+    assert train([str(recipe(train={"steps": 4})), str(tmp_path / "run"), "--data", str(dataset), copied]) == 0
+    gone = tmp_path / "gone"
+    found = dry_run.look(loaded(recipe(), dataset, copied), gone)
+    assert not found.problems
+    assert any("goes on from step 4 of its copy" in value for _, value, _ in found.rows)
+    (problem,) = dry_run.look(loaded(recipe(), dataset, copied, "optim.lr=0.5"), gone).problems
+    assert "optim.lr: 0.001 -> 0.5" in problem
+    assert not gone.exists()
+    assert "begins at step 0" in str(dry_run.look(loaded(recipe(), dataset, f"{copied}s"), gone).rows)
+
+
+def test_a_damaged_checkpoint_and_weights_that_are_not_read_again_are_no_problem(recipe, dataset, tmp_path):
+    weights, run = tmp_path / "weights.pt", tmp_path / "run"
+    towers = begin.make_towers(loaded(recipe(), dataset), RECIPE["model"]["config"], pretrained=False)
+    torch.save(towers.state_dict(), weights)
+    path = recipe(train={"steps": 8}, model={"pretrained": str(weights)})
+    assert train([str(path), str(run), "--data", str(dataset)]) == 0
+    weights.unlink()
+    (run / "checkpoints" / "step-00000008" / "state.json").write_text('{"a')
+    found = dry_run.look(loaded(path, dataset, "train.steps=9"), run)
+    assert not found.problems
+    assert any("goes on from step 4" in value for _, value, _ in found.rows)
 
 
 def test_what_does_not_fit_the_gpu_is_told(recipe, dataset, tmp_path, monkeypatch):
