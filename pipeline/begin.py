@@ -55,11 +55,6 @@ def load_saved(run: Path, copy: str, *, sharded: bool) -> checkpoints.Checkpoint
     return newest[0] if newest else checkpoints.load(run, step) if step else None
 
 
-def cache_folder(asked: str) -> Path:
-    """Where copies of remote shards are kept, and what is known of those on this machine."""
-    return Path(asked or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "clip-pipeline"))
-
-
 def plan_of(recipe: Recipe, sets: Sequence[TarSet], world: int, state: Mapping[str, Any] | None) -> Plan:
     """The order of samples. How the data is cut into lanes is settled when a run begins, and stays.
 

@@ -24,7 +24,7 @@ from pipeline.checkpoint import STATE, Checkpoint, folder_name
 from pipeline.checkpoint_copy import fetch_description
 from pipeline.checkpoint_writer import AVERAGED
 from pipeline.config import Recipe, RecipeError
-from pipeline.data.cache import Cache
+from pipeline.data.cache import Cache, cache_folder
 from pipeline.data.plan import Plan
 from pipeline.data.tars import TarSet, open_tars
 from pipeline.evaluate.measures import choose, open_set
@@ -125,7 +125,7 @@ def _extras(recipe: Recipe, model_cfg: dict[str, Any], found: Findings) -> None:
 
 def _data(recipe: Recipe, found: Findings) -> list[TarSet] | None:
     """What is trained on; None where some of it cannot be."""
-    cache = Cache(begin.cache_folder(recipe.data.cache), int(recipe.data.cache_gb * 1e9))
+    cache = Cache(cache_folder(recipe.data.cache), int(recipe.data.cache_gb * 1e9))
     sets: list[TarSet] = []
     for asked in recipe.data.datasets:
         with found.problem_with("data"):

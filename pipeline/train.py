@@ -30,7 +30,7 @@ from pipeline.checkpoint import Checkpoint
 from pipeline.checkpoint_sharded import load_sharded, save_sharded
 from pipeline.checkpoint_writer import AVERAGED, Writer
 from pipeline.config import OptimConfig, Recipe
-from pipeline.data.cache import Cache
+from pipeline.data.cache import Cache, cache_folder
 from pipeline.data.loader import Augmentation, Batch, Stream
 from pipeline.data.plan import batch_sha256, rank_bounds
 from pipeline.data.store import ShardStore
@@ -86,7 +86,7 @@ def train(recipe: Recipe, run: Path) -> str:
     main, stop = accelerator.is_main_process, ranks.StopRequest()
 
     # --- Data, and where the run stands
-    cache = Cache(begin.cache_folder(recipe.data.cache), int(recipe.data.cache_gb * 1e9))
+    cache = Cache(cache_folder(recipe.data.cache), int(recipe.data.cache_gb * 1e9))
     sets = exchange.from_main(lambda: [open_tars(one.path, cache) for one in recipe.data.datasets])
     store = ShardStore(sets, cache, verify=recipe.data.verify)
     sharded = recipe.train.sharding == "fsdp2" and world > 1

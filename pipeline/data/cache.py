@@ -24,11 +24,18 @@ from data_prep.record import DataError
 from pipeline.data.tar_index import Places
 
 ROOM = "room"
+# What copies of remote shards may take by default, in GB.
+LIMIT_GB = 100.0
 # What says that a folder is full, not ours to write, or on a file system without locks.
 UNUSABLE = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS),
     *(errno.EACCES, errno.EPERM, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTDIR, errno.EEXIST),
 )
+
+
+def cache_folder(asked: str = "") -> Path:
+    """Where copies of remote shards are kept, and what is known of those on this machine."""
+    return Path(asked or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "clip-pipeline"))
 
 
 @dataclass(frozen=True)
