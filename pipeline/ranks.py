@@ -15,6 +15,7 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import GradientAccumulationPlugin
 
 from data_prep.record import DataError
 
@@ -81,6 +82,7 @@ def start(*, processes: int | None, cpu: bool, precision: str, timeout_s: int) -
     accelerator = Accelerator(
         cpu=cpu,
         mixed_precision=precision if precision in ("bf16", "fp16") else "no",
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # whatever a launcher's variables say
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
     if accelerator.num_processes != world:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import shutil
 import signal
 import time
 
@@ -248,6 +249,16 @@ def test_what_this_machine_or_the_launcher_cannot_give_is_refused(command, monke
         monkeypatch.setenv(name, value)
     assert train([*arguments, setting]) == 2
     assert said in json.loads((run / "exit.json").read_text())["reason"]
+
+
+def test_a_launchers_accumulation_does_not_divide_gradients(command, monkeypatch):
+    arguments, run = command
+    assert train([*arguments, "train.steps=1"]) == 0
+    expected = read_metrics(run)[0]["grad_norm"]
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    shutil.rmtree(run)
+    assert train([*arguments, "train.steps=1"]) == 0
+    assert read_metrics(run)[0]["grad_norm"] == expected
 
 
 @pytest.mark.parametrize(
