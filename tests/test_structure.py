@@ -11,8 +11,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("data_prep", "pipeline", "launch")
-# pipeline reads what data_prep wrote, through these only.
-OPEN_TO_PIPELINE = {"data_prep.locations", "data_prep.manifest", "data_prep.record"}
+# pipeline reads what data_prep wrote, through these only; and says answers as statements in the words that trained.
+OPEN_TO_PIPELINE = {"data_prep.captions", "data_prep.locations", "data_prep.manifest", "data_prep.record"}
 COMPONENTS = (
     *("data", "loss", "evaluate", "export", "model.py", "layers.py", "pretrained.py", "average.py", "tokenizer.py"),
     *("checkpoint.py", "checkpoint_writer.py", "checkpoint_copy.py", "checkpoint_sharded.py", "sharding.py"),
