@@ -36,6 +36,9 @@ ModelArgument = Annotated[
         help="A run folder, an exported folder, local-dir:…, hf-hub:…, or open_clip's NAME,PRETRAINED.", metavar="MODEL"
     ),
 ]
+DATA_HELP = (
+    "A dataset with evaluation sets; or one set: class folders with images (CLASS/*.jpg), or CLIP_benchmark's layout."
+)
 AverageOption = Annotated[bool, typer.Option("--average", help="Use the moving average of the weights (optim.ema).")]
 StepOption = Annotated[int | None, typer.Option(help="Checkpoint to use, by its step; by default the newest.")]
 
@@ -87,10 +90,21 @@ def train(
 @app.command()
 def evaluate(
     model: ModelArgument,
-    data: Annotated[Path, typer.Option(help="The sharded dataset whose evaluation sets are used.", metavar="DIR")],
+    data: Annotated[Path, typer.Option(help=DATA_HELP, metavar="DIR")],
     sets: Annotated[
         list[str] | None, typer.Option("--set", help="Name of an evaluation set; repeat for several. By default all.")
     ] = None,
+    classnames: Annotated[
+        str,
+        typer.Option(help="Instead of a set's own class names: imagenet, or a file, one a line.", metavar="NAME|FILE"),
+    ] = "",
+    templates: Annotated[
+        str,
+        typer.Option(
+            help="Instead of a set's own prompts: openai_imagenet, simple, or a file, one a line, {c} for the class.",
+            metavar="NAME|FILE",
+        ),
+    ] = "",
     step: StepOption = None,
     average: AverageOption = False,
     out: Annotated[Path | None, typer.Option(help="Where results go; by default RUN/eval/STEP.", metavar="DIR")] = None,
@@ -100,6 +114,8 @@ def evaluate(
 ) -> None:
     """Measure a model: zero-shot classification, retrieval and caption selection, with 95 % intervals.
 
+    Class folders stand for the class names in order (folders 0, 1, 10 … by number), or are called as they are.
+
     Writes SET.json in CLIP_benchmark's schema and results.csv to RUN/eval/STEP, and prints a table; embeddings are
     kept beside them, for whatever is asked next. With --watch, measures every checkpoint that has no results yet,
     beside the training; exit code 75 where it was asked to stop (SIGTERM, Ctrl-C) before the run was done. Under
@@ -108,14 +124,50 @@ def evaluate(
     if not watch:
         from pipeline.evaluate.run import evaluate as run_evaluation
 
-        run_evaluation(model, data, names=sets, step=step, average=average, out=out)
+        run_evaluation(
+            model, data, names=sets, class_names=classnames, templates=templates, step=step, average=average, out=out
+        )
         return
     if step is not None or average or out:
         raise DataError("--watch measures every checkpoint of a run: leave out --step, --average and --out.")
     from pipeline.evaluate.watch import watch as follow
 
-    if follow(Path(model), data, names=sets) == "requeue":
+    if follow(Path(model), data, names=sets, class_names=classnames, templates=templates) == "requeue":
         raise typer.Exit(REQUEUE)
+
+
+@app.command()
+def probe(
+    model: ModelArgument,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="A set in CLIP_benchmark's layout, train/ beside test/; or a dataset, with --train-set, --test-set.",
+            metavar="DIR",
+        ),
+    ] = None,
+    train_images: Annotated[
+        Path | None, typer.Option("--train", help="Class folders with images to fit on, instead.", metavar="FOLDER")
+    ] = None,
+    test_images: Annotated[
+        Path | None, typer.Option("--test", help="Class folders with images to measure on.", metavar="FOLDER")
+    ] = None,
+    train_set: Annotated[str, typer.Option(help="Evaluation set of the dataset to fit on.", metavar="SET")] = "",
+    test_set: Annotated[str, typer.Option(help="Evaluation set of the dataset to measure on.", metavar="SET")] = "",
+    k: Annotated[int, typer.Option("--k", min=1, help="Neighbours that vote.")] = 20,
+    step: StepOption = None,
+    average: AverageOption = False,
+    out: Annotated[Path | None, typer.Option(help="Where results go; by default RUN/eval/STEP.", metavar="DIR")] = None,
+) -> None:
+    """Measure frozen features: a linear probe and k nearest neighbours, on unit-norm image embeddings.
+
+    The probe is scikit-learn's logistic regression (`pip install .[probe]`), its strength tuned on a fifth of the train
+    images (Radford et al. 2021, A.3); neighbours vote by exp(cosine / 0.07) (Wu et al. 2018). Writes SET.probe.json and
+    results.csv beside what `evaluate` writes, for `compare` too.
+    """
+    from pipeline.evaluate.probe import probe as run_probe
+
+    run_probe(*(model, data, train_images, test_images, train_set, test_set), k=k, step=step, average=average, out=out)
 
 
 @app.command()

@@ -52,11 +52,15 @@ HEADLINES = {
     "text_retrieval_recall@10": "image → text R@10",
     "text_retrieval_median_rank": "image → text median rank",
     "acc": "right caption chosen",
+    "lp_acc1": "linear probe, top-1 accuracy",
+    "lp_acc5": "linear probe, top-5 accuracy",
+    "knn_acc1": "nearest neighbours, top-1 accuracy",
 }
 SKILLS = {
     "acc1": "names the right class",
     "image_retrieval_recall@1": "finds the image that a caption belongs to",
     "acc": "prefers the right caption to the wrong ones",
+    "lp_acc1": "names the right class through a linear probe",
 }
 # Buffers that open_clip's towers save beside their parameters.
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")

@@ -5,7 +5,7 @@ Shapes: N images, B of them at a time, K classes, T templates, D = embedding wid
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -59,8 +59,19 @@ def measure(image_ND: Tensor, class_KD: Tensor, labels: Sequence[int], names: Se
         labels: (N,) from 0 to K - 1.
         names: (K,) of the classes.
     """
-    label_N, images, classes = torch.as_tensor(labels), len(image_ND), len(class_KD)
-    answers = answer(image_ND, class_KD, label_N)
+    return of_scores((scores(image_BD, class_KD) for image_BD in image_ND.split(BLOCK)), labels, names)
+
+
+def of_scores(block_BK: Iterable[Tensor], labels: Sequence[int], names: Sequence[str]) -> Result:
+    """As `measure`, of scores that a classifier of any kind gave, in O(N + B · K) memory.
+
+    Args:
+        block_BK: the scores of a few images at a time, in order; the highest is the answer.
+        labels: (N,) from 0 to K - 1.
+        names: (K,) of the classes.
+    """
+    label_N, images, classes = torch.as_tensor(labels), len(labels), len(names)
+    answers = answer(block_BK, label_N)
     right_N, row_N = (answers.first_N == label_N).double(), torch.arange(images)
     by_class = {
         "recall": Sampled.of(answers.hits[1], groups=label_N),
@@ -82,11 +93,12 @@ def measure(image_ND: Tensor, class_KD: Tensor, labels: Sequence[int], names: Se
     return Result(TASK, images, sampled, chance, describe)
 
 
-def answer(image_ND: Tensor, class_KD: Tensor, label_N: Tensor) -> Answers:
-    """Compare the images with the classes, in O(N + B · K) memory."""
+def answer(block_BK: Iterable[Tensor], label_N: Tensor) -> Answers:
+    """Where the right class stands among the scores of each image; see `of_scores`."""
     above, tied, first = [], [], []
-    for image_BD, label_B in zip(image_ND.split(BLOCK), label_N.split(BLOCK), strict=True):
-        score_BK = scores(image_BD, class_KD)
+    begin = 0
+    for score_BK in block_BK:
+        label_B, begin = label_N[begin : begin + len(score_BK)], begin + len(score_BK)
         own_B1 = score_BK.gather(1, label_B[:, None].to(score_BK.device))
         above.append((score_BK > own_B1).sum(dim=1))
         tied.append((score_BK == own_B1).sum(dim=1) - 1)

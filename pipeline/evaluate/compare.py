@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from rich.table import Table
 
-from pipeline.evaluate.result import read_rows
+from pipeline.evaluate.result import read_rows, result_files
 from pipeline.evaluate.sets import EvaluationError
 from pipeline.evaluate.statistics import Interval, percentiles, resampled
 
@@ -47,7 +47,9 @@ def compare(first: Path, second: Path) -> list[Difference]:
         EvaluationError: a folder without results, sets that differ, or none in common.
     """
     folders = [newest_results(path) for path in (first, second)]
-    records = [{path.stem: json.loads(path.read_text(encoding="utf-8")) for path in _files(one)} for one in folders]
+    records = [
+        {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in result_files(one)} for one in folders
+    ]
     common = [name for name in records[0] if name in records[1]]
     if not common:
         raise EvaluationError(
@@ -77,11 +79,11 @@ def newest_results(path: Path) -> Path:
     Raises:
         EvaluationError: there are none.
     """
-    if _files(path):
+    if result_files(path):
         return path
     steps = [folder for folder in (path / "eval").glob("step-*") if folder.name.removeprefix("step-").isdigit()]
     for folder in sorted(steps, reverse=True):
-        if _files(folder):
+        if result_files(folder):
             return folder
     raise EvaluationError(f"{path}: no results are here. `python -m pipeline evaluate {path} --data …` makes them.")
 
@@ -97,7 +99,3 @@ def table(differences: list[Difference], names: tuple[str, str]) -> Table:
         values = [f"{value:.3f}" for value in one.values]
         found.add_row(label, one.metric, *values, f"{one.difference:+.3f}", spread, "real" if one.real else "")
     return found
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("*.json") if path.with_suffix(".parquet").is_file())

@@ -15,11 +15,10 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from data_prep import manifest
-from data_prep.manifest import EvaluationSet
-from pipeline.evaluate import classification, retrieval, selection, sets
+from pipeline.evaluate import class_texts, classification, retrieval, selection, sources
 from pipeline.evaluate.result import Result
 from pipeline.evaluate.sets import EvaluationError, Item
+from pipeline.evaluate.sources import Source
 
 log = logging.getLogger(__name__)
 
@@ -55,13 +54,13 @@ class OpenSet:
     """A set whose items are known and can be measured.
 
     Attributes:
-        source: name, kind and folder.
+        source: name, kind, and where it lies.
         items: its images, in order.
         texts: all that are compared with them: captions, image after image, or prompts.
         folds: galleries that a retrieval set is cut into.
     """
 
-    source: EvaluationSet
+    source: Source
     items: list[Item]
     texts: list[str]
     folds: int = 1
@@ -85,22 +84,26 @@ class OpenSet:
 class Measure(NamedTuple):
     """How one kind of set is measured."""
 
-    texts: Callable[[EvaluationSet, list[Item]], list[str]]
+    texts: Callable[[Source, list[Item]], list[str]]
     figures: Callable[[OpenSet, Tensor, EmbedTexts], Result]
 
 
-def choose(data: Path, names: Sequence[str] | None = None) -> list[EvaluationSet]:
+def choose(
+    data: Path, names: Sequence[str] | None = None, *, class_names: str = "", templates: str = ""
+) -> list[Source]:
     """The sets of a dataset that are measured.
 
     Args:
-        data: the dataset.
+        data: the dataset, or a set of others' (see sources.find).
         names: of the sets, or of PROTOCOLS; None or empty for all sets that there is a measure for.
+        class_names: instead of the one set's own: a file, or a name (see class_texts).
+        templates: so too.
 
     Raises:
-        EvaluationError: a set that was asked for is not there, or none can be measured.
+        EvaluationError: a set that was asked for is not there, none can be measured, or names or templates are given
+            for what is not one classification set.
     """
-    dataset = manifest.read(data)
-    available = {source.name: source for source in dataset.evaluation_sets}
+    available = {source.name: source for source in sources.find(data)}
     for name, protocol in PROTOCOLS.items():
         if protocol.of in available and name in (names or ()):
             available[name] = replace(available[protocol.of], name=name)
@@ -115,16 +118,26 @@ def choose(data: Path, names: Sequence[str] | None = None) -> list[EvaluationSet
         raise EvaluationError(
             f"{data}: has no evaluation set that can be measured, of {len(chosen)}. Known kinds: {', '.join(MEASURES)}."
         )
-    return measured
+    return [_renamed(measured, class_names, templates)] if class_names or templates else measured
 
 
-def open_set(source: EvaluationSet) -> OpenSet:
+def _renamed(measured: Sequence[Source], class_names: str, templates: str) -> Source:
+    if [source.kind for source in measured] != ["classification"]:
+        raise EvaluationError(
+            "--classnames and --templates are for one classification set, and chosen are "
+            f"{', '.join(f'{source.name} ({source.kind})' for source in measured)}. Name one by --set."
+        )
+    classes = class_texts.class_names(class_names) if class_names else ()
+    return replace(measured[0], classes=classes, prompts=class_texts.templates(templates) if templates else ())
+
+
+def open_set(source: Source) -> OpenSet:
     """Read a set's items, without their pictures, and its texts.
 
     Raises:
         EvaluationError: it is damaged, or its parts do not fit each other.
     """
-    items, protocol = sets.read(source), PROTOCOLS.get(source.name)
+    items, protocol = source.items(), PROTOCOLS.get(source.name)
     if protocol:
         if len(items) != protocol.images:
             raise EvaluationError(
@@ -136,27 +149,37 @@ def open_set(source: EvaluationSet) -> OpenSet:
     return OpenSet(source, items, texts, protocol.folds if protocol else 1)
 
 
-def _prompts(source: EvaluationSet, items: list[Item]) -> list[str]:
-    names = sets.class_names(source)
+def _prompts(source: Source, items: list[Item]) -> list[str]:
+    names = source.class_names()
+    check_labels(source, items, names)
+    return classification.prompts(names, source.templates())
+
+
+def check_labels(source: Source, items: Sequence[Item], names: Sequence[str]) -> None:
+    """See that each item of a classification set is of a class that has a name.
+
+    Raises:
+        EvaluationError: one is not.
+    """
     labels = [item.label for item in items]
     if not 0 <= min(labels) <= max(labels) < len(names):
         raise EvaluationError(
-            f"{source.path}: labels run from {min(labels)} to {max(labels)}, but classnames.txt has {len(names)} "
-            f"names, for 0 to {len(names) - 1}. Build the dataset again."
+            f"{source.path}: labels run from {min(labels)} to {max(labels)}, but {len(names)} classes have names, for "
+            f"0 to {len(names) - 1}. Give each its name, in classnames.txt or by --classnames."
         )
-    return classification.prompts(names, sets.templates(source))
 
 
-def _captions(source: EvaluationSet, items: list[Item]) -> list[str]:
+def _captions(source: Source, items: list[Item]) -> list[str]:
     if without := [item.key for item in items if not item.captions]:
         raise EvaluationError(f"{source.path}: {len(without)} images have no caption, {without[0]} among them.")
     return [text for item in items for text in item.captions]
 
 
 def _classification(opened: OpenSet, image_ND: Tensor, embed: EmbedTexts) -> Result:
-    names, templates = sets.class_names(opened.source), sets.templates(opened.source)
+    names, templates = opened.source.class_names(), opened.source.templates()
     class_KD = classification.class_embeddings(names, templates, embed)
-    return classification.measure(image_ND, class_KD, [item.label for item in opened.items], names)
+    result = classification.measure(image_ND, class_KD, [item.label for item in opened.items], names)
+    return replace(result, describe=lambda: {"templates": list(templates), **result.describe()})
 
 
 def _retrieval(opened: OpenSet, image_ND: Tensor, embed: EmbedTexts) -> Result:

@@ -43,6 +43,11 @@ class Result:
         return intervals(self.sampled, self.images)
 
 
+def result_files(folder: Path) -> list[Path]:
+    """The records in a folder: every NAME.json with its rows beside it."""
+    return sorted(path for path in folder.glob("*.json") if path.with_suffix(".parquet").is_file())
+
+
 def write_rows(path: Path, sampled: Mapping[str, Sampled]) -> None:
     """Keep the rows of a set's figures, so that models can be compared image by image."""
     parts = [

@@ -19,7 +19,7 @@ from pipeline import exchange, ranks
 from pipeline import trained as loading
 from pipeline.evaluate.embed import Cache, Embedder, distinct, rows
 from pipeline.evaluate.measures import OpenSet, choose, open_set
-from pipeline.evaluate.result import Result, write_rows
+from pipeline.evaluate.result import Result, result_files, write_rows
 from pipeline.evaluate.sets import EvaluationError
 from pipeline.trained import LoadedModel, TrainedModel
 
@@ -31,17 +31,21 @@ def evaluate(
     data: Path,
     *,
     names: Sequence[str] | None = None,
+    class_names: str = "",
+    templates: str = "",
     step: int | None = None,
     average: bool = False,
     out: Path | None = None,
     cache: bool = True,
 ) -> list[dict[str, Any]]:
-    """Measure a model on a dataset's evaluation sets, write OUT/SET.json and OUT/results.csv, and print a table.
+    """Measure a model on evaluation sets, write OUT/SET.json and OUT/results.csv, and print a table.
 
     Args:
         source: a run folder, or any other model (see trained.load_any).
-        data: the dataset.
+        data: a dataset, or one set of others' (see sources.find).
         names: the sets to measure; None for all that there is a measure for.
+        class_names: instead of the one set's own (see measures.choose).
+        templates: so too.
         step: a run's checkpoint; None for the newest.
         average: a run's moving average of the weights.
         out: where results go; None for `results_folder`.
@@ -56,7 +60,7 @@ def evaluate(
     Collective: every rank that a launcher started calls it.
     """
     with ranks.inference() as (rank, world, device):
-        measured = exchange.from_main(lambda: choose(data, names))
+        measured = exchange.from_main(lambda: choose(data, names, class_names=class_names, templates=templates))
         model = loading.load_any(source, step, device, average=average)
         folder = out or results_folder(model, average=average)
         embedder = embedder_of(model, folder if cache else None, rank, world)
@@ -67,7 +71,7 @@ def evaluate(
             embedded = embed(embedder, opened)
             records.append(exchange.from_main(partial(_measure, model, folder, opened, *embedded)))
         if rank == 0:
-            checkpoints.write_atomically(folder / CSV, as_csv(records))
+            write_csv(folder)
             Console().print(table(records))
     return records
 
@@ -101,17 +105,21 @@ def embed(embedder: Embedder, opened: OpenSet) -> tuple[Any, Any]:
 def _measure(model: LoadedModel, folder: Path, opened: OpenSet, image_ND: Any, embed: Any) -> dict[str, Any]:
     """Score a set, and keep its record and its rows."""
     result = opened.figures(image_ND, embed)
-    found = record(model, opened, result)
+    return write(folder, opened.source.name, record(model, opened.source.name, opened.identity, result), result)
+
+
+def write(folder: Path, name: str, found: dict[str, Any], result: Result) -> dict[str, Any]:
+    """Keep a record, `found`, and the rows of its result, as NAME.json and NAME.parquet."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_rows(folder / f"{opened.source.name}.parquet", result.sampled)
-    checkpoints.write_atomically(folder / f"{opened.source.name}.json", json.dumps(found, indent=1))
+    write_rows(folder / f"{name}.parquet", result.sampled)
+    checkpoints.write_atomically(folder / f"{name}.json", json.dumps(found, indent=1))
     return found
 
 
-def record(model: LoadedModel, opened: OpenSet, result: Result) -> dict[str, Any]:
-    """CLIP_benchmark's record of a result, with intervals, chance, and what was measured on."""
+def record(model: LoadedModel, dataset: str, data: str, result: Result) -> dict[str, Any]:
+    """CLIP_benchmark's record of a result, with intervals, chance, and `data`, the hash of what was measured on."""
     return {
-        "dataset": opened.source.name,
+        "dataset": dataset,
         "model": model.name,
         "pretrained": model.source,
         "task": result.task,
@@ -119,11 +127,17 @@ def record(model: LoadedModel, opened: OpenSet, result: Result) -> dict[str, Any
         "intervals": result.intervals,
         "chance": dict(result.chance),
         "images": result.images,
-        "data": opened.identity,
+        "data": data,
         "weights": model.identity,
         "language": "en",
         **result.describe(),
     }
+
+
+def write_csv(folder: Path) -> None:
+    """Write results.csv: the figures of all records in a folder, whichever command made them."""
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in result_files(folder)]
+    checkpoints.write_atomically(folder / CSV, as_csv(records))
 
 
 def as_csv(records: Sequence[dict[str, Any]]) -> str:

@@ -8,18 +8,26 @@ import tarfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from PIL import Image
 
-from data_prep.manifest import EvaluationSet
 from data_prep.record import DataError
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+SHARDS = "nshards.txt"
+CLASS_NAMES, TEMPLATES = "classnames.txt", "zeroshot_classification_templates.txt"
 
 
 class EvaluationError(DataError):
     """An evaluation set that cannot be measured."""
+
+
+class Located(Protocol):
+    """What lies in a folder."""
+
+    @property
+    def path(self) -> Path: ...
 
 
 @dataclass(frozen=True)
@@ -63,22 +71,22 @@ class Item:
             return Image.open(io.BytesIO(self.read())).convert("RGB")
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise EvaluationError(
-                f"{self.file}: image {self.key} does not decode ({error}). `python -m data_prep verify` says whether "
-                "the file is as it was written."
+                f"{self.file}: image {self.key} does not decode ({error}). Restore the file from a copy; of a dataset "
+                "that we built, `python -m data_prep verify` says which files are not as they were written."
             ) from None
 
 
-def read(source: EvaluationSet) -> list[Item]:
-    """All items of a set, in order, without their pictures.
+def read(source: Located, split: str = "test") -> list[Item]:
+    """All items of a set's split, in order, without their pictures.
 
     Raises:
         EvaluationError: a tar is missing or broken, or the set is empty.
     """
-    folder = source.path / "test"
+    folder = source.path / split
     try:
-        shards = int((folder / "nshards.txt").read_text(encoding="utf-8"))
+        shards = int((folder / SHARDS).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise EvaluationError(f"{folder / 'nshards.txt'}: looked for the number of tars here: {error}.") from None
+        raise EvaluationError(f"{folder / SHARDS}: looked for the number of tars here: {error}.") from None
     items = [item for number in range(shards) for item in read_tar(folder / f"{number}.tar")]
     if not items:
         raise EvaluationError(f"{folder}: holds no image. Build the dataset again.")
@@ -99,17 +107,42 @@ def read_tar(path: Path) -> list[Item]:
         ) from None
 
 
-def class_names(source: EvaluationSet) -> list[str]:
+def class_names(source: Located) -> list[str]:
     """The names of a classification set, by label."""
-    return _lines(source.path / "classnames.txt")
+    return lines(source.path / CLASS_NAMES)
 
 
-def templates(source: EvaluationSet) -> list[str]:
+def templates(source: Located) -> list[str]:
     """The prompts of a classification set, `{c}` standing for the class name."""
-    path = source.path / "zeroshot_classification_templates.txt"
-    found = _lines(path)
+    return read_templates(source.path / TEMPLATES)
+
+
+def read_templates(path: Path) -> list[str]:
+    """The prompts in a file, one a line, `{c}` or `{}` standing for the class name; returned with `{c}`.
+
+    Raises:
+        EvaluationError: one has neither, or the file is missing or has an empty line.
+    """
+    found = [line if "{c}" in line else line.replace("{}", "{c}") for line in lines(path)]
     if wrong := [line for line in found if "{c}" not in line]:
         raise EvaluationError(f"{path}: the template {wrong[0]!r} lacks {{c}}, where the class name goes.")
+    return found
+
+
+def lines(path: Path) -> list[str]:
+    """The entries of a file, one a line.
+
+    Raises:
+        EvaluationError: it is not there, or one is empty.
+    """
+    if not path.is_file():
+        raise EvaluationError(
+            f"{path}: looked for this file and found none. A set that we built lacks it only when damaged: build it "
+            "again. For others, --classnames and --templates name them."
+        )
+    found = [line.strip() for line in path.read_text(encoding="utf-8").rstrip("\n").split("\n")]
+    if "" in found:
+        raise EvaluationError(f"{path}: line {found.index('') + 1} is empty; each line stands for one entry, in order.")
     return found
 
 
@@ -145,12 +178,3 @@ def _members(path: Path) -> Iterator[_Parts]:
             elif extension in ("txt", "cls", "json") and (content := tar.extractfile(member)):
                 parts.texts[extension] = content.read()
     return iter(by_key.values())
-
-
-def _lines(path: Path) -> list[str]:
-    if not path.is_file():
-        raise EvaluationError(f"{path}: looked for this file and found none. Build the dataset again.")
-    lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
-    if "" in lines:
-        raise EvaluationError(f"{path}: line {lines.index('') + 1} is empty; each line stands for one entry, in order.")
-    return lines

@@ -7,9 +7,11 @@ import json
 import logging
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from pipeline import checkpoint as checkpoints
 from pipeline.checkpoint import CheckpointError
@@ -24,7 +26,16 @@ POLL_S = 10.0
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
-def watch(run: Path, data: Path, *, names: Sequence[str] | None = None, poll_s: float = POLL_S) -> str:
+def watch(
+    run: Path,
+    data: Path,
+    *,
+    names: Sequence[str] | None = None,
+    class_names: str = "",
+    templates: str = "",
+    answers: Path | None = None,
+    poll_s: float = POLL_S,
+) -> str:
     """Measure a run's checkpoints, the oldest first, until the run is done and all that are left have results.
 
     A checkpoint is passed over, with a line in the log, where it is removed before it is read, is damaged, or gives
@@ -33,8 +44,7 @@ def watch(run: Path, data: Path, *, names: Sequence[str] | None = None, poll_s: 
 
     Args:
         run: the run folder; it need not be there yet.
-        data: the dataset.
-        names: the sets to measure; None for all that there is a measure for.
+        data: the dataset, names, class_names, templates, answers: as for `evaluate`.
         poll_s: seconds between looks at the run folder.
 
     Returns:
@@ -43,17 +53,19 @@ def watch(run: Path, data: Path, *, names: Sequence[str] | None = None, poll_s: 
     Raises:
         EvaluationError: a set that was asked for is not there, or cannot be measured.
     """
-    names = [source.name for source in choose(data, names)]
+    said: dict[str, Any] = {"class_names": class_names, "templates": templates, "answers": answers}
+    names = [source.name for source in choose(data, names, **said)]
+    measure = partial(evaluate, str(run), data, names=names, cache=False, **said)
     try:
         with _interrupted_by_signals():
-            _follow(run, data, names, poll_s)
+            _follow(run, names, measure, poll_s)
     except KeyboardInterrupt:  # results are written whole, a file a set, so that nothing is lost
         log.info("%s: stopped; the same command goes on.", run)
         return "requeue"
     return "done"
 
 
-def _follow(run: Path, data: Path, names: Sequence[str], poll_s: float) -> None:
+def _follow(run: Path, names: Sequence[str], measure: Callable[..., Any], poll_s: float) -> None:
     passed_over: set[int] = set()
     said = None
     while True:
@@ -62,7 +74,7 @@ def _follow(run: Path, data: Path, names: Sequence[str], poll_s: float) -> None:
         listed = set(checkpoints.steps(run)) - passed_over
         pending = [step for step in listed if not _has_results(run, step, names)]
         if pending:
-            if not _measure(run, data, names, min(pending)):
+            if not _measure(run, measure, min(pending)):
                 passed_over.add(min(pending))
         elif status == "done":
             return
@@ -74,11 +86,11 @@ def _follow(run: Path, data: Path, names: Sequence[str], poll_s: float) -> None:
             time.sleep(poll_s)
 
 
-def _measure(run: Path, data: Path, names: Sequence[str], step: int) -> bool:
+def _measure(run: Path, measure: Callable[..., Any], step: int) -> bool:
     """Measure one checkpoint; False where it cannot be."""
     log.info("step %d:", step)
     try:
-        evaluate(str(run), data, names=names, step=step, cache=False)
+        measure(step=step)
     except CheckpointError as error:
         if step in checkpoints.steps(run):
             log.warning("%s Passed over.", error)
