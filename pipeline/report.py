@@ -16,28 +16,26 @@ matplotlib.use("Agg")
 
 import jinja2
 import numpy as np
-import torch
 from matplotlib import pyplot as plt
-from PIL import Image
 from safetensors import safe_open
 
 from data_prep import manifest
 from data_prep.manifest import Dataset
 from data_prep.record import TRAIN, DataError
 from pipeline import checkpoint as checkpoints
+from pipeline import report_pictures
 from pipeline import trained as loading
-from pipeline.evaluate import sets
 from pipeline.evaluate.run import embedder_of, results_folder
+from pipeline.evaluate.sources import find
 from pipeline.tracking import read_metrics
 
 log = logging.getLogger(__name__)
 
 TEMPLATE = Path(__file__).parent / "templates" / "report.html"
-EXAMPLES = 6
-BEST = 5
-THUMBNAIL = 96
-# Metric → how the page calls it, in the order of the table; a set is judged by the first that it has.
-HEADLINES = {
+# Images whose words are shown, where none is asked for.
+MAPPED = 3
+# Metric → how the page calls it.
+LABELS = {
     "acc1": "top-1 accuracy",
     "acc5": "top-5 accuracy",
     "mean_per_class_recall": "mean per-class recall",
@@ -55,19 +53,37 @@ HEADLINES = {
     "lp_acc1": "linear probe, top-1 accuracy",
     "lp_acc5": "linear probe, top-5 accuracy",
     "knn_acc1": "nearest neighbours, top-1 accuracy",
+    "true_caption_preferred_shuffled": "caption preferred to its words in another order",
+    "true_caption_preferred_nouns_exchanged": "caption preferred to one with two nouns exchanged",
+    "true_caption_preferred_noun_replaced": "caption preferred to one with another noun",
+    "image_retrieval_recall@1_held_out": "text → image R@1, held-out pairs",
+    "image_retrieval_recall@1_train": "text → image R@1, as many train pairs",
+    "image_retrieval_recall@1_memorised": "the difference",
+    "text_retrieval_recall@1_held_out": "image → text R@1, held-out pairs",
+    "text_retrieval_recall@1_train": "image → text R@1, as many train pairs",
+    "text_retrieval_recall@1_memorised": "the difference",
 }
+# Metric → what a model does that is good at it; a set is judged by those that it has.
 SKILLS = {
     "acc1": "names the right class",
     "image_retrieval_recall@1": "finds the image that a caption belongs to",
     "acc": "prefers the right caption to the wrong ones",
     "lp_acc1": "names the right class through a linear probe",
+    "true_caption_preferred_shuffled": "prefers a caption to its words in another order",
+    "true_caption_preferred_nouns_exchanged": "prefers a caption to the same with two nouns exchanged",
+    "true_caption_preferred_noun_replaced": "prefers a caption to the same with another noun",
 }
 # Buffers that open_clip's towers save beside their parameters.
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
-def write_report(run: Path, data: Path | None) -> Path:
-    """Write RUN/report.html from what the run's stages left; `data` adds its counts and retrieval examples.
+def write_report(run: Path, data: Path | None, pairs: Sequence[str] = ()) -> Path:
+    """Write RUN/report.html from what the run's stages left.
+
+    Args:
+        run: the run folder.
+        data: a dataset that adds its counts, and pictures: best and worst retrievals, confused classes, word maps.
+        pairs: keys of images whose words are shown; empty for some.
 
     Raises:
         DataError: there is no run there.
@@ -90,7 +106,7 @@ def write_report(run: Path, data: Path | None) -> Path:
         rows=[row for record in results for row in rows(record)],
         classes=[(record["dataset"], weakest_first(record)) for record in results if record.get("classes")],
         verdicts=verdicts(results),
-        examples=examples(run, dataset, step) if dataset else None,
+        pictures=pictures(run, dataset, step, pairs) if dataset else None,
         parity=json.loads(parity.read_text(encoding="utf-8")) if parity.is_file() else {},
         recipe=(run / "config.yaml").read_text(encoding="utf-8"),
     )
@@ -101,7 +117,8 @@ def write_report(run: Path, data: Path | None) -> Path:
 
 def newest_results(run: Path) -> tuple[int | None, list[dict[str, Any]]]:
     """The latest step that was evaluated, and its results; None and none where there is none."""
-    files = sorted((run / "eval").glob("step-*/*.json"))
+    # The average's results lie in STEP-average.
+    files = sorted(path for path in (run / "eval").glob("step-*/*.json") if not path.parent.name.endswith("-average"))
     if not files:
         return None, []
     folder = files[-1].parent
@@ -180,19 +197,18 @@ def curves(metrics: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
 def rows(record: dict[str, Any]) -> list[dict[str, str]]:
     """The table's rows of one evaluation set."""
     found: list[dict[str, str]] = []
-    for name, label in HEADLINES.items():
-        if name in record["metrics"]:
-            low, high = record["intervals"][name]
-            found.append(
-                {
-                    "set": record["dataset"] if not found else "",
-                    "images": f"{record['images']:,}" if not found else "",
-                    "metric": label,
-                    "value": f"{record['metrics'][name]:.3f}",
-                    "interval": f"{low:.3f} – {high:.3f}",
-                    "chance": f"{record['chance'][name]:.3f}" if name in record["chance"] else "",
-                }
-            )
+    for name, value in record["metrics"].items():
+        low, high = record["intervals"][name]
+        found.append(
+            {
+                "set": record["dataset"] if not found else "",
+                "images": f"{record['images']:,}" if not found else "",
+                "metric": LABELS.get(name, name.replace("_", " ")),
+                "value": f"{value:.3f}",
+                "interval": f"{low:.3f} – {high:.3f}",
+                "chance": f"{record['chance'][name]:.3f}" if name in record["chance"] else "",
+            }
+        )
     return found
 
 
@@ -205,48 +221,46 @@ def verdicts(results: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, str]
     """above, chance, below → each set in a sentence, judged by whether its interval holds the chance level."""
     found: dict[str, list[dict[str, str]]] = {"above": [], "chance": [], "below": []}
     for record in results:
-        name = next(name for name in HEADLINES if name in record["metrics"])
-        low, high = record["intervals"][name]
-        value, chance = record["metrics"][name], record["chance"][name]
-        state = "above" if low > chance else "below" if high < chance else "chance"
-        words = f"{SKILLS[name]} in {value:.1%} of cases ({low:.1%} – {high:.1%}); guessing gives {chance:.1%}"
-        found[state].append({"set": record["dataset"], "words": words})
+        for name in (name for name in SKILLS if name in record["metrics"]):
+            low, high = record["intervals"][name]
+            value, chance = record["metrics"][name], record["chance"][name]
+            state = "above" if low > chance else "below" if high < chance else "chance"
+            words = f"{SKILLS[name]} in {value:.1%} of cases ({low:.1%} – {high:.1%}); guessing gives {chance:.1%}"
+            found[state].append({"set": record["dataset"], "words": words})
     return found
 
 
-def examples(run: Path, dataset: Dataset, step: int | None) -> dict[str, Any] | None:
-    """Retrieval with pictures, both ways, on one retrieval set (a test set, where there is one)."""
-    sources = [source for source in dataset.evaluation_sets if source.kind == "retrieval"]
-    if not sources:
-        return None
-    source = max(sources, key=lambda source: (source.name.endswith("test"), source.name))
+def pictures(run: Path, dataset: Dataset, step: int | None, pairs: Sequence[str]) -> dict[str, Any]:
+    """What is shown of single images, on a retrieval set (a test set, where there is one) and on all classifications.
+
+    Args:
+        run: the run folder.
+        dataset: with evaluation sets.
+        step: that was evaluated; None for the newest checkpoint.
+        pairs: keys of images of the retrieval set whose words are shown; empty for some, evenly spread.
+    """
+    sources = find(dataset.path)
+    by_name = {source.name: source for source in sources}
+    found: dict[str, Any] = {"confusions": [], "retrieval": None, "maps": []}
+    folder = run / "eval" / checkpoints.folder_name(step or 0)
+    for path in sorted(folder.glob("*.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if record.get("confusion") and path.stem in by_name:
+            confused = report_pictures.confusion(by_name[path.stem], record, folder)
+            found["confusions"].append((path.stem, confused))
+    retrieval = [source for source in sources if source.kind == "retrieval"]
+    if not retrieval:
+        return found
+    source = max(retrieval, key=lambda source: (source.name.endswith("test"), source.name))
     trained = loading.load(run, step if step in checkpoints.steps(run) else None)
-    items = [item for item in sets.read(source) if item.captions]
-    texts = list(dict.fromkeys(text for item in items for text in item.captions))
-    embedder = embedder_of(trained, results_folder(trained))
-    image_ND, text_MD = embedder.images(items).cpu(), embedder.texts(texts).cpu()
-    # Evenly spread over the set: neither the best nor the worst ones.
-    chosen = np.linspace(0, len(items) - 1, min(EXAMPLES, len(items))).astype(int).tolist()
-    to_images, to_texts = [], []
-    for index in chosen:
-        caption = items[index].captions[0]
-        nearest = torch.topk(image_ND @ text_MD[texts.index(caption)], min(BEST, len(items))).indices.tolist()
-        shown = [
-            {"source": _thumbnail(items[near].open()), "right": caption in items[near].captions} for near in nearest
-        ]
-        to_images.append({"text": caption, "images": shown})
-        nearest = torch.topk(text_MD @ image_ND[index], min(BEST, len(texts))).indices.tolist()
-        said = [{"text": texts[near], "right": texts[near] in items[index].captions} for near in nearest]
-        to_texts.append({"source": _thumbnail(items[index].open()), "texts": said})
-    return {"set": source.name, "images": len(items), "to_images": to_images, "to_texts": to_texts}
-
-
-def _thumbnail(image: Image.Image) -> str:
-    scale = THUMBNAIL / max(image.size)
-    small = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
-    buffer = io.BytesIO()
-    small.save(buffer, "JPEG", quality=85)
-    return _embed(buffer.getvalue(), "jpeg")
+    found["retrieval"] = report_pictures.retrieval(source, embedder_of(trained, results_folder(trained)))
+    items = source.items()
+    if unknown := sorted(set(pairs) - {item.key for item in items}):
+        raise DataError(f"--pair {unknown[0]}: {source.name} has no such image; its keys are {items[0].key} and so on.")
+    evenly = np.linspace(0, len(items) - 1, min(MAPPED, len(items))).astype(int).tolist()
+    chosen = [item for item in items if item.key in pairs] or [items[index] for index in evenly]
+    found["maps"] = report_pictures.word_maps(trained, chosen, batch_size=trained.batch_size)
+    return found
 
 
 def _embed(data: bytes, kind: str) -> str:
