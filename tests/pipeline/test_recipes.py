@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+import re
+
 import pytest
 
 from pipeline import begin, config, memory, model
 from pipeline.data.plan import Plan, Share
 from pipeline.pretrained import open_clip
+from pipeline.throughput import flops_per_sample
 
 # Samples of the datasets that each recipe is for, and the ranks that it speaks of.
 DATA = {
@@ -14,7 +18,7 @@ DATA = {
     "coco_vit_b32": ([113_287], 8),
     "coco_lit_b16": ([113_287], 8),
     "cc12m_vit_b16": ([10_500_000], 16),
-    "datacomp_medium_b32": ([96_000_000], 16),
+    "datacomp_medium_b32": ([96_000_000], 8),
     "vqa_mix": ([113_287, 82_783], 8),
 }
 # open_clip's own counts of parameters in millions; of LiT ViT-B/16, BERT-base and a projection of 768².
@@ -48,14 +52,34 @@ def test_its_model_can_be_built_and_trained(name):
         assert open_clip.get_pretrained_cfg(recipe.model.name, recipe.model.pretrained)
 
 
+def planned(recipe, sizes):
+    """Several datasets are mixed as vqa_mix says, 3 : 1."""
+    weights = (3.0, 1.0) if len(sizes) > 1 else (1.0,)
+    shares = [Share(str(size), [size // 100] * 100, weight) for size, weight in zip(sizes, weights, strict=True)]
+    return Plan(
+        shares, seed=0, global_batch=recipe.train.batch_size, lanes=recipe.data.lanes or 1, tail=recipe.data.tail
+    )
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_its_head_tells_the_ranks_and_the_operations_that_it_takes(name):
+    sizes, world = DATA[name]
+    recipe, text = config.load(name), (config.RECIPES / f"{name}.yaml").read_text()
+    ranks = math.prod(map(int, re.findall(r"--n(?:nodes|proc-per-node) (\d+)", text)))
+    hardware = re.search(r"Hardware: (\d+|one) GPU", text)[1]
+    assert (ranks, 1 if hardware == "one" else int(hardware)) == (world, world)
+    model_cfg = model.model_cfg(recipe.model.name, recipe.model.config)
+    towers = memory.towers_without_numbers(recipe, model_cfg)
+    a_pair = flops_per_sample(towers, model.image_size(towers), model_cfg["text_cfg"].get("context_length", 77))
+    pairs = begin.length(recipe.train, planned(recipe, sizes)) * recipe.train.batch_size
+    assert a_pair * pairs == pytest.approx(float(re.search(r"([\d.e]+) FLOP\b", text)[1]), rel=0.02)
+
+
 @pytest.mark.parametrize("name", DATA)
 def test_its_plan_can_be_made(name):
     sizes, world = DATA[name]
     recipe = config.load(name)
-    shares = [Share(str(size), [size // 100] * 100) for size in sizes]
-    plan = Plan(
-        shares, seed=0, global_batch=recipe.train.batch_size, lanes=recipe.data.lanes or 1, tail=recipe.data.tail
-    )
+    plan = planned(recipe, sizes)
     total = begin.length(recipe.train, plan)
     assert plan.global_batch % world == 0
     assert recipe.optim.warmup_steps < total / 2
