@@ -161,7 +161,7 @@ def probe(
 ) -> None:
     """Measure frozen features: a linear probe and k nearest neighbours, on unit-norm image embeddings.
 
-    The probe is scikit-learn's logistic regression (`pip install .[probe]`), its strength tuned on a fifth of the train
+    The probe is scikit-learn's logistic regression (the extra `probe`), its strength tuned on a fifth of the train
     images (Radford et al. 2021, A.3); neighbours vote by exp(cosine / 0.07) (Wu et al. 2018). Writes SET.probe.json and
     results.csv beside what `evaluate` writes, for `compare` too.
     """

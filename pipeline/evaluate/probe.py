@@ -166,7 +166,8 @@ def find_pair(data: Path | None, train: Path | None, test: Path | None, train_se
         test_set: of `data`.
 
     Raises:
-        EvaluationError: none of these, or the test set has classes that the train set has not.
+        EvaluationError: none of these, the test set has classes that the train set has not, or no image of any of its
+            classes can be learned from.
     """
     if data and not train and not test and bool(train_set) == bool(test_set):
         to_test = _one(data, test_set)
@@ -188,6 +189,15 @@ def find_pair(data: Path | None, train: Path | None, test: Path | None, train_se
                 "the same classes the same names."
             )
         test_items = [replace(item, label=place[test_names[item.label]]) for item in test_items]
+    known = {item.label for item in train_items}
+    unknown_items = [item for item in test_items if item.label not in known]
+    if len(unknown_items) == len(test_items):
+        raise EvaluationError(f"{to_fit.path}: has no image of any class that {to_test.path} has images of.")
+    if unknown_items:
+        log.warning(
+            "%s: %d of %d images are of classes without train images, and count as wrong answers.",
+            *(to_test.name, len(unknown_items), len(test_items)),
+        )
     return Pair(to_test.name, train_items, test_items, names)
 
 

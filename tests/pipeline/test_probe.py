@@ -105,6 +105,18 @@ def test_classes_are_told_by_their_names(folders, tmp_path):
         find_pair(None, train, test, "", "")
 
 
+def test_classes_without_train_images_are_told_of(folders, caplog):
+    train, test = folders
+    for path in (train / "cat").iterdir():
+        path.unlink()
+    assert len(find_pair(None, train, test, "", "").test) == 10
+    assert "animals: 5 of 10 images are of classes without train images" in caplog.text
+    for path in (train / "ant").iterdir():
+        path.unlink()
+    with pytest.raises(EvaluationError, match="no image of any class"):
+        find_pair(None, train, test, "", "")
+
+
 def test_equal_embeddings_score_chance():
     """The class with the most train images is always answered, and of no class more than that is known."""
     train_MD = F.normalize(torch.ones(1, 8), dim=1).expand(60, -1)
