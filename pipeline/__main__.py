@@ -239,9 +239,9 @@ def gpu_check(
     out: Annotated[Path, typer.Option(help="Where the figures are written.", metavar="FILE")] = Path("gpu-check.json"),
     device: Annotated[str, typer.Option(help="cuda; or cpu, for the same checks at a small size.")] = "cuda",
 ) -> None:
-    """Run every path that needs a CUDA device, within ten minutes, and write what it measured.
+    """Run what needs a CUDA device, for ten minutes at the most, and write what each check measured as it ends.
 
-    Exit codes: 0 all is well; 2 there is no such device; 1 a check failed.
+    Exit codes: 0 all is well; 2 there is no such device; 1 a check failed, or there was no time left for it.
     """
     from pipeline.gpu_check import gpu_check as run_checks
 

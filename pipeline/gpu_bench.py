@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,12 +88,19 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Bench:
-    """What the checks share."""
+    """What the checks share.
+
+    Attributes:
+        precision: bf16, or fp32 on a device without bfloat16.
+        end: of the time that there is, by time.monotonic().
+    """
 
     device: torch.device
     size: Size
     folder: Path
     accelerator: Accelerator
+    precision: str = "bf16"
+    end: float = math.inf
 
     @property
     def data(self) -> Path:
@@ -142,7 +151,8 @@ class Bench:
         run, file = self.folder / name, self.folder / f"{name}.yaml"
         file.write_text(self.recipe(**sections).to_yaml(), encoding="utf-8")
         command = [sys.executable, "-m", "pipeline", "train", str(file), str(run)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S)
+        limit_s = min(LIMIT_S, self.end - time.monotonic())
+        done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s)
         if done.returncode:
             raise TrainingError(f"the trainer ended with {done.returncode}: …{done.stderr[-2000:]}")
         return run, read_metrics(run)

@@ -26,11 +26,14 @@ from pipeline.generated import write_pictures
 from pipeline.gpu_bench import LIMIT_S, SIZES, Bench, Figures, Skipped
 from pipeline.gpu_paths import CHECKS
 
+# No check begins, and no run of the trainer goes on, after so many seconds: ten minutes with what is around them.
+BUDGET_S = 570
+
 log = logging.getLogger(__name__)
 
 
 def gpu_check(out: Path, device: str) -> bool:
-    """Run all checks, print them, and write their figures to `out`; whether all is well.
+    """Run the checks that BUDGET_S leaves time for, and write figures to `out` as each ends; whether all is well.
 
     Raises:
         DataError: there is no such device.
@@ -42,15 +45,17 @@ def gpu_check(out: Path, device: str) -> bool:
             "no CUDA device is to be seen by torch, so nothing was checked. Run this on a machine that has one, or "
             "the same checks at a small size with --device cpu."
         )
-    accelerator = ranks.start(processes=None, cpu=device == "cpu", precision="bf16", timeout_s=LIMIT_S)
+    end = time.monotonic() + BUDGET_S
+    precision = "bf16" if device == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    accelerator = ranks.start(processes=None, cpu=device == "cpu", precision=precision, timeout_s=LIMIT_S)
     results: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory(prefix="gpu-check-") as folder:
-        bench = Bench(accelerator.device, SIZES[device], Path(folder), accelerator)
+        bench = Bench(accelerator.device, SIZES[device], Path(folder), accelerator, precision, end)
         write_pictures(bench.data, bench.size.pictures, bench.size.pixels)
         for name, check in CHECKS.items():
             results[name] = attempt(check, bench)
             log.info("%s: %s", name, in_words(results[name]))
-    write_atomically(out, json.dumps({**about(bench.device), "checks": results}, indent=1))
+            write_atomically(out, json.dumps({**about(bench.device), "checks": results}, indent=1))
     table = Table("check", "", "seconds", "figures", box=None)
     for name, result in results.items():
         mark = "skipped" if "skipped" in result else "ok" if result["ok"] else "[bold red]failed[/]"
@@ -62,6 +67,8 @@ def gpu_check(out: Path, device: str) -> bool:
 def attempt(check: Callable[[Bench], Figures], bench: Bench) -> dict[str, Any]:
     """{ok, seconds, and figures, error, or the reason why it was skipped}."""
     began, result = time.monotonic(), dict[str, Any]()
+    if began > bench.end:
+        return {"ok": False, "skipped": f"{BUDGET_S} s are over", "seconds": 0.0}
     try:
         result = {"ok": True, "figures": check(bench)}
     except Skipped as reason:

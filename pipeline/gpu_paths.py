@@ -40,17 +40,31 @@ def trains(precision: str, bench: Bench) -> Figures:
     """The loss falls, and no step is skipped but fp16's first ones, which look for a scale."""
     if precision == "fp16" and bench.device.type == "cpu":
         raise Skipped("torch has no float16 training on a CPU")
+    if precision == "bf16" and bench.precision != "bf16":
+        raise Skipped("this device has no bfloat16")
     _, lines = bench.train(precision, train={"precision": precision})
     return _fallen(lines)
 
 
 def compiles(bench: Bench) -> Figures:
     """Compiled towers learn as the others do."""
-    _, plain = bench.train("plain", train={"precision": "bf16"})
-    _, lines = bench.train("compiled", train={"precision": "bf16", "compile": True})
+    _, plain = bench.train("plain", train={"precision": bench.precision})
+    _, lines = bench.train("compiled", train={"precision": bench.precision, "compile": True})
     difference = abs(lines[0]["loss"] / plain[0]["loss"] - 1)
     expect(difference < 0.02, f"the first loss differs by {difference:.2%} from the one without torch.compile")
     return {**_fallen(lines), "first_loss_difference": difference, "samples_per_s_plain": plain[-1]["samples_per_s"]}
+
+
+def trains_otherwise(bench: Bench) -> Figures:
+    """The other loss, masked, with activations computed again and an average of the weights: it falls too."""
+    _, lines = bench.train(
+        "otherwise",
+        train={"precision": bench.precision},
+        loss={"kind": "sigmoid", "positives": "image_and_text", "init_scale": 10.0},
+        model={"activation_checkpointing": True},
+        optim={"ema": 0.9},
+    )
+    return _fallen(lines)
 
 
 def caches_gradients(bench: Bench) -> Figures:
@@ -62,12 +76,14 @@ def caches_gradients(bench: Bench) -> Figures:
     return {**found, "memory_mb_whole": whole[-1]["memory_mb"], "memory_mb_parts": parts[-1]["memory_mb"]}
 
 
-def resumes(bench: Bench) -> Figures:
+def resumes(precision: str, bench: Bench) -> Figures:
     """Interrupted halfway and resumed from a background checkpoint, a run has the same bits."""
-    asked = {"precision": "bf16", "deterministic": True}
-    straight, whole = bench.train("straight", train=asked)
-    bench.train("resumed", train={**asked, "steps": STEPS // 2})
-    resumed, lines = bench.train("resumed", train=asked)
+    if precision == "fp16" and bench.device.type == "cpu":
+        raise Skipped("torch has no float16 training on a CPU")
+    asked = {"precision": precision or bench.precision, "deterministic": True}
+    straight, whole = bench.train(f"straight {precision}", train=asked)
+    bench.train(f"resumed {precision}", train={**asked, "steps": STEPS // 2})
+    resumed, lines = bench.train(f"resumed {precision}", train=asked)
     differing = [one["step"] for one, other in zip(whole, lines, strict=True) if one["loss"] != other["loss"]]
     expect(not differing, f"the losses of steps {differing} differ")
     hashes = [sha256(run / "checkpoints" / folder_name(STEPS) / MODEL) for run in (straight, resumed)]
@@ -217,7 +233,9 @@ CHECKS: dict[str, Callable[[Bench], Figures]] = {
     **{f"train {precision}": functools.partial(trains, precision) for precision in ("fp32", "bf16", "fp16")},
     "compile": compiles,
     "micro-batches": caches_gradients,
-    "resume": resumes,
+    "other settings": trains_otherwise,
+    "resume": functools.partial(resumes, ""),
+    "resume fp16": functools.partial(resumes, "fp16"),
 }
 
 
