@@ -111,25 +111,54 @@ def evaluate(
     watch: Annotated[
         bool, typer.Option("--watch", help="Follow the run until it is done: measure each checkpoint as it appears.")
     ] = False,
+    by: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Also the figures for each value of a field of the samples' json (source, license, pixels, or any "
+            "other), and the gap between the best group and the worst; repeat for several.",
+            metavar="FIELD",
+        ),
+    ] = None,
+    perturb: Annotated[
+        bool,
+        typer.Option("--perturb", help="Retrieval with changed captions too: words in another order, nouns exchanged."),
+    ] = False,
+    memorisation: Annotated[
+        bool, typer.Option("--memorisation", help="How much better train pairs are matched than held-out ones, too.")
+    ] = False,
 ) -> None:
     """Measure a model: zero-shot classification, retrieval and caption selection, with 95 % intervals.
 
     Class folders stand for the class names in order (folders 0, 1, 10 … by number), or are called as they are.
 
     Writes SET.json in CLIP_benchmark's schema and results.csv to RUN/eval/STEP, and prints a table; embeddings are
-    kept beside them, for whatever is asked next. With --watch, measures every checkpoint that has no results yet,
+    kept beside them, for whatever is asked next. --perturb and --memorisation write SET.perturbed.json and
+    SET.memorisation.json for retrieval sets. With --watch, measures every checkpoint that has no results yet,
     beside the training; exit code 75 where it was asked to stop (SIGTERM, Ctrl-C) before the run was done. Under
     torchrun, ranks share the work.
     """
     if not watch:
         from pipeline.evaluate.run import evaluate as run_evaluation
 
+        further = [name for name, wanted in (("perturb", perturb), ("memorisation", memorisation)) if wanted]
         run_evaluation(
-            model, data, names=sets, class_names=classnames, templates=templates, step=step, average=average, out=out
+            model,
+            data,
+            names=sets,
+            class_names=classnames,
+            templates=templates,
+            step=step,
+            average=average,
+            out=out,
+            by=by or (),
+            further=further,
         )
         return
-    if step is not None or average or out:
-        raise DataError("--watch measures every checkpoint of a run: leave out --step, --average and --out.")
+    if step is not None or average or out or by or perturb or memorisation:
+        raise DataError(
+            "--watch measures every checkpoint of a run, as it is: leave out all but --data, --set, "
+            "--classnames and --templates."
+        )
     from pipeline.evaluate.watch import watch as follow
 
     if follow(Path(model), data, names=sets, class_names=classnames, templates=templates) == "requeue":

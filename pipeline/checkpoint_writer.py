@@ -209,8 +209,8 @@ def ranked(run: Path, figure: str) -> list[int]:
 
 
 def lower_is_better(figure: str) -> bool:
-    """Whether a better model has less of a figure, by the last part of its name: a loss, a median or mean rank."""
-    return ("_" + figure.rpartition("/")[2]).endswith(("_loss", "_rank"))
+    """Whether a better model has less of a figure, by the last part of its name: a loss, a rank, a drop, a distance."""
+    return ("_" + figure.rpartition("/")[2]).endswith(("_loss", "_rank", "_drop", "_memorised", "_alignment"))
 
 
 def figures(run: Path, step: int) -> dict[str, float]:

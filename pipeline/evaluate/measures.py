@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from pipeline.evaluate import class_texts, classification, retrieval, selection, sources
+from pipeline.evaluate import class_texts, classification, gap, retrieval, selection, sources
 from pipeline.evaluate.result import Result
 from pipeline.evaluate.sets import EvaluationError, Item
 from pipeline.evaluate.sources import Source
@@ -184,7 +184,9 @@ def _classification(opened: OpenSet, image_ND: Tensor, embed: EmbedTexts) -> Res
 
 def _retrieval(opened: OpenSet, image_ND: Tensor, embed: EmbedTexts) -> Result:
     owners = [index for index, item in enumerate(opened.items) for _ in item.captions]
-    return retrieval.measure(image_ND, embed(opened.texts), owners, folds=opened.folds)
+    text_MD = embed(opened.texts)
+    result = retrieval.measure(image_ND, text_MD, owners, folds=opened.folds)
+    return replace(result, sampled={**result.sampled, **gap.measure(image_ND, text_MD, owners)})
 
 
 def _selection(opened: OpenSet, image_ND: Tensor, embed: EmbedTexts) -> Result:

@@ -34,7 +34,7 @@ class Result:
 
     @functools.cached_property
     def metrics(self) -> dict[str, float]:
-        """Shares from 0 to 1, but for ranks, which count from 1."""
+        """Shares from 0 to 1, but for ranks, which count from 1, and distances (see gap.py)."""
         return {name: sampled.figure() for name, sampled in self.sampled.items()}
 
     @functools.cached_property

@@ -5,18 +5,20 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
+from rich.table import Column, Table
 
 from pipeline import checkpoint as checkpoints
 from pipeline import exchange, ranks
 from pipeline import trained as loading
+from pipeline.evaluate import groups, memorisation, perturb
 from pipeline.evaluate.embed import Cache, Embedder, distinct, rows
 from pipeline.evaluate.measures import OpenSet, choose, open_set
 from pipeline.evaluate.result import Result, result_files, write_rows
@@ -24,6 +26,12 @@ from pipeline.evaluate.sets import EvaluationError
 from pipeline.trained import LoadedModel, TrainedModel
 
 CSV = "results.csv"
+# Of a table that goes into a file: rich would take it for 80 columns, and break names.
+LOG_WIDTH = 120
+# What is measured, and how.
+Scored = tuple[OpenSet, Callable[[], Result]]
+# What else may be measured on a retrieval set, into a record of its own.
+FURTHER = {"perturb": perturb.prepare, "memorisation": memorisation.prepare}
 
 
 def evaluate(
@@ -37,6 +45,8 @@ def evaluate(
     average: bool = False,
     out: Path | None = None,
     cache: bool = True,
+    by: Sequence[str] = (),
+    further: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
     """Measure a model on evaluation sets, write OUT/SET.json and OUT/results.csv, and print a table.
 
@@ -50,29 +60,43 @@ def evaluate(
         average: a run's moving average of the weights.
         out: where results go; None for `results_folder`.
         cache: keep embeddings in OUT/embeddings, and take those that are there.
+        by: fields of the samples' `json`, by whose values the same figures are given (see groups.by_field).
+        further: of FURTHER, what else is measured on each retrieval set, into OUT/SET.NAME.json.
 
     Returns:
         The records, on every rank.
 
     Raises:
-        EvaluationError: a set that was asked for is not there, or cannot be measured, or there is no place for results.
+        EvaluationError: a set that was asked for is not there, or cannot be measured, there is no place for results,
+            or no retrieval set for what else is to be measured.
 
     Collective: every rank that a launcher started calls it.
     """
     with ranks.inference() as (rank, world, device):
         measured = exchange.from_main(lambda: choose(data, names, class_names=class_names, templates=templates))
+        if further and not any(one.kind == "retrieval" for one in measured):
+            raise EvaluationError(
+                f"--{' and --'.join(further)} need a retrieval set; chosen are "
+                f"{', '.join(f'{one.name} ({one.kind})' for one in measured)}."
+            )
         model = loading.load_any(source, step, device, average=average)
         folder = out or results_folder(model, average=average)
         embedder = embedder_of(model, folder if cache else None, rank, world)
         bar = Console(stderr=True)
-        records = []
+        records: list[dict[str, Any]] = []
         for one in track(measured, "evaluate", console=bar, disable=rank > 0 or not bar.is_terminal):
             opened = exchange.from_main(partial(open_set, one))
-            embedded = embed(embedder, opened)
-            records.append(exchange.from_main(partial(_measure, model, folder, opened, *embedded)))
+            image_ND, find = embed(embedder, opened)
+            scored: list[Scored] = [(opened, partial(opened.figures, image_ND, find))]
+            if one.kind == "retrieval":
+                scored += [FURTHER[name](embedder, data, opened, image_ND, find) for name in further]
+            records += exchange.from_main(partial(_measure, model, folder, by, scored))
         if rank == 0:
             write_csv(folder)
-            Console().print(table(records))
+            screen = Console(width=None if sys.stdout.isatty() else LOG_WIDTH)
+            screen.print(table(records))
+            if by:
+                screen.print(groups.table(records))
     return records
 
 
@@ -102,10 +126,18 @@ def embed(embedder: Embedder, opened: OpenSet) -> tuple[Any, Any]:
     return embedder.images(opened.items), rows(unique, embedder.texts(unique))
 
 
-def _measure(model: LoadedModel, folder: Path, opened: OpenSet, image_ND: Any, embed: Any) -> dict[str, Any]:
-    """Score a set, and keep its record and its rows."""
-    result = opened.figures(image_ND, embed)
-    return write(folder, opened.source.name, record(model, opened.source.name, opened.identity, result), result)
+def _measure(model: LoadedModel, folder: Path, by: Sequence[str], scored: Sequence[Scored]) -> list[dict[str, Any]]:
+    """Score sets, and keep their records and rows."""
+    found = []
+    for field in by:
+        groups.say_if_absent(scored[0][0].source.name, scored[0][0].items, field)
+    for opened, figures in scored:
+        name, result = opened.source.name, figures()
+        one = record(model, name, opened.identity, result)
+        if by:
+            one["groups"] = {field: groups.by_field(result, opened.items, field) for field in by}
+        found.append(write(folder, name, one, result))
+    return found
 
 
 def write(folder: Path, name: str, found: dict[str, Any], result: Result) -> dict[str, Any]:
@@ -141,21 +173,28 @@ def write_csv(folder: Path) -> None:
 
 
 def as_csv(records: Sequence[dict[str, Any]]) -> str:
-    """One row a figure: model, pretrained, task, dataset, metric, value, low, high, chance."""
+    """One row a figure; those of a group of images have FIELD=VALUE in the last column."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["model", "pretrained", "task", "dataset", "metric", "value", "low", "high", "chance", "images"])
+    columns = ("model", "pretrained", "task", "dataset")
+    writer.writerow([*columns, "metric", "value", "low", "high", "chance", "images", "group"])
     for one in records:
-        about = [one[key] for key in ("model", "pretrained", "task", "dataset")]
-        for name, value in one["metrics"].items():
-            low, high = one["intervals"].get(name, ("", ""))
-            writer.writerow([*about, name, value, low, high, one["chance"].get(name, ""), one["images"]])
+        parts = {"": one}
+        for field, found in one.get("groups", {}).items():
+            parts |= {f"{field}={value}": group for value, group in found["values"].items()}
+        for group, part in parts.items():
+            for name, value in part["metrics"].items():
+                low, high = part["intervals"].get(name, ("", ""))
+                chance = one["chance"].get(name, "")
+                writer.writerow([*(one[key] for key in columns), name, value, low, high, chance, part["images"], group])
     return out.getvalue()
 
 
 def table(records: Sequence[dict[str, Any]]) -> Table:
     """One row a metric: value, interval, chance."""
-    found = Table("set", "metric", "value", "95 % interval", "chance", box=None)
+    found = Table(Column("set", overflow="fold"), Column("metric", overflow="fold"), box=None)
+    for name in ("value", "95 % interval", "chance"):
+        found.add_column(name, no_wrap=True)
     for one in records:
         for number, (name, value) in enumerate(one["metrics"].items()):
             interval = one["intervals"].get(name)

@@ -216,6 +216,8 @@ def test_sets_are_chosen_by_name(run, data):
     sets, trained = evaluators(run, data, names=["few_test"], global_batch=None)
     figures = [*(f"recall@{k}" for k in (1, 5, 10)), "median_rank"]
     expected = [f"few_test/{way}_retrieval_{name}" for way in ("image", "text") for name in figures]
+    spread = ("modality_gap", "alignment", "image_uniformity", "text_uniformity")
+    expected += [f"few_test/{name}" for name in spread]
     assert list(sets.measure(trained.towers, torch.device("cpu"))) == expected
     with pytest.raises(EvaluationError, match=r"no evaluation set other\. It has .*few_test"):
         evaluators(run, data, names=["few_test", "other"])
@@ -437,4 +439,4 @@ def test_the_command_follows_a_run_until_it_is_stopped(run, data):
 
 def test_one_step_cannot_be_followed(run, data, capsys):
     assert main(["evaluate", str(run), "--data", str(data), "--watch", "--step", "60"]) == 2
-    assert "leave out --step" in capsys.readouterr().err
+    assert "leave out all but --data" in capsys.readouterr().err

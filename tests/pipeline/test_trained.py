@@ -104,7 +104,7 @@ def test_any_model_is_measured_where_it_is_told(tiny, data, tmp_path):  # noqa: 
     records = evaluate(str(tiny[3]), data, out=tmp_path / "out", names=["pairs_test"])
     assert json.loads(json.dumps(records)) == [json.loads((tmp_path / "out" / "pairs_test.json").read_text())]
     rows = (tmp_path / "out" / "results.csv").read_text().splitlines()
-    assert rows[0] == "model,pretrained,task,dataset,metric,value,low,high,chance,images"
+    assert rows[0] == "model,pretrained,task,dataset,metric,value,low,high,chance,images,group"
     assert len(rows) == 1 + len(records[0]["metrics"])
 
 
