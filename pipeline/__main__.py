@@ -107,6 +107,13 @@ def evaluate(
     ] = "",
     step: StepOption = None,
     average: AverageOption = False,
+    transform: Annotated[
+        str,
+        typer.Option(
+            help="How images are read: exact, with open_clip's own pixels, or fast, which differ by rounding.",
+            metavar="exact|fast",
+        ),
+    ] = "exact",
     out: Annotated[Path | None, typer.Option(help="Where results go; by default RUN/eval/STEP.", metavar="DIR")] = None,
     watch: Annotated[
         bool, typer.Option("--watch", help="Follow the run until it is done: measure each checkpoint as it appears.")
@@ -149,12 +156,13 @@ def evaluate(
             templates=templates,
             step=step,
             average=average,
+            transform=transform,
             out=out,
             by=by or (),
             further=further,
         )
         return
-    if step is not None or average or out or by or perturb or memorisation:
+    if step is not None or average or transform != "exact" or out or by or perturb or memorisation:
         raise DataError(
             "--watch measures every checkpoint of a run, as it is: leave out all but --data, --set, "
             "--classnames and --templates."

@@ -279,6 +279,10 @@ class EvaluateConfig(Component):
 
     batch_size: PositiveInt = Field(256, description="images or texts at a time")
     workers: Annotated[int, Field(ge=0)] = Field(2, description="loader processes")
+    transform: Literal["exact", "fast"] = Field(
+        "exact",
+        description="how images are read while training: open_clip's own pixels, or `fast`, which differ by rounding",
+    )
     data: str = Field(
         "",
         description="dataset whose evaluation sets are measured while training, as SET/METRIC, and of the weights' "

@@ -37,6 +37,7 @@ from pipeline.data.store import ShardStore
 from pipeline.data.tars import open_tars
 from pipeline.data.transforms import normalizer
 from pipeline.evaluate.during import Budget, Evaluators
+from pipeline.evaluate.pixels import transformed
 from pipeline.failure import TrainingError
 from pipeline.loss.info_nce import info_nce
 from pipeline.loss.sigmoid import sigmoid
@@ -179,7 +180,7 @@ def train(recipe: Recipe, run: Path) -> str:
             Path(recipe.evaluate.data),
             recipe.evaluate.sets,
             tokenize=tokenize,
-            preprocess=inference_transform(towers, recipe.data.interpolation),
+            preprocess=transformed(recipe.evaluate.transform, inference_transform(towers, recipe.data.interpolation)),
             batch_size=recipe.evaluate.batch_size,
             workers=recipe.evaluate.workers,
             rank=rank,

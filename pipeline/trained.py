@@ -33,7 +33,7 @@ class LoadedModel:
         description: what is to be known of it beside its weights, to tell it from others.
         towers: in evaluation mode, float32.
         tokenize: (B,) texts → (B, L) int64.
-        preprocess: a PIL image → (3, S, S) float32: open_clip's own transform for inference.
+        preprocess: a PIL image → (3, S, S) float32: open_clip's own transform for inference, or what stands in for it.
         batch_size: images or texts at a time, as the run's recipe says, or a recipe's default.
         workers: loader processes, so too.
     """

@@ -1,4 +1,4 @@
-"""Images and texts → unit-norm embeddings, with open_clip's own preprocessing, over all ranks, kept between runs.
+"""Images and texts → unit-norm embeddings, over all ranks, kept between runs.
 
 Shapes: N items, U distinct texts, D = embedding width.
 """
@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -21,10 +20,15 @@ from torch.utils.data import DataLoader, Dataset
 
 from pipeline import exchange
 from pipeline.data.plan import rank_bounds
+from pipeline.evaluate.pixels import Preprocess, pixels
 from pipeline.evaluate.sets import EvaluationError, Item
+from pipeline.evaluate.short_texts import encode_texts
 from pipeline.loss.tiles import gather
 from pipeline.model import Towers
 from pipeline.tokenizer import Tokenizer
+
+# Of images or texts at a time: more of them leave a CPU's caches, and malloc's arenas, which costs more than it gains.
+MOST_ON_CPU = 32
 
 
 class NotFiniteError(EvaluationError):
@@ -37,7 +41,7 @@ class Model(Protocol):
     Attributes:
         towers: in evaluation mode.
         tokenize: (B,) texts → (B, L) int64.
-        preprocess: a PIL image → (3, S, S) float32.
+        preprocess: a PIL image → (3, S, S) float32; open_clip's own, or pixels.Fast.
     """
 
     @property
@@ -45,7 +49,7 @@ class Model(Protocol):
     @property
     def tokenize(self) -> Tokenizer: ...
     @property
-    def preprocess(self) -> Callable[[Image.Image], Tensor]: ...
+    def preprocess(self) -> Preprocess: ...
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,7 @@ class Embedder:
     Attributes:
         model: the same on every rank. Where its weights are cut over ranks (FSDP2), `encode_image` and `encode_text`
             must be registered as forward methods; every rank calls them equally often.
-        batch_size: images or texts that a rank embeds at a time.
+        batch_size: images or texts that a rank embeds at a time; on a CPU no more than MOST_ON_CPU.
         workers: loader processes a rank.
         rank: this rank.
         world: ranks.
@@ -124,7 +128,7 @@ class Embedder:
         """
 
         def embed(part: Sequence[Item], workers: int) -> Tensor:
-            return embed_images(self.model, part, batch_size=self.batch_size, workers=workers)
+            return embed_images(self.model, part, batch_size=self._batch, workers=workers)
 
         return self._all(
             [item.identity for item in items],
@@ -140,9 +144,12 @@ class Embedder:
         """
 
         def embed(part: Sequence[str]) -> Tensor:
-            return embed_texts(self.model, part, batch_size=self.batch_size)
+            return embed_texts(self.model, part, batch_size=self._batch)
 
-        return self._all(unique, unique, embed, embed)
+        # Before ranks take their shares: batches are then the same on any number of them.
+        order = by_length(unique)
+        ordered = [unique[number] for number in order]
+        return in_place(self._all(ordered, ordered, embed, embed), order)
 
     def _all(
         self,
@@ -167,21 +174,25 @@ class Embedder:
         """The embeddings of this rank's share, which has no rows where there are fewer batches than ranks."""
         begin, end = self._bounds(len(items))[self.rank : self.rank + 2]
         parts = [embed(items[begin:end])] if begin < end else []
-        if -(-(end - begin) // self.batch_size) < -(-len(items) // (self.batch_size * self.world)):
+        if -(-(end - begin) // self._batch) < -(-len(items) // (self._batch * self.world)):
             # Others run the towers once more. So do we, for sharded towers, and to know D.
             parts.append(embed_one(items[:1])[:0])
         return torch.cat(parts)
 
     def _bounds(self, items: int) -> list[int]:
         """W + 1 borders of the ranks' shares of a set, in whole batches."""
-        batches = -(-items // self.batch_size)
-        return [min(bound * self.batch_size, items) for bound in rank_bounds(batches, self.world)]
+        batches = -(-items // self._batch)
+        return [min(bound * self._batch, items) for bound in rank_bounds(batches, self.world)]
 
     def _gather(self, own_BD: Tensor, items: int) -> Tensor:
         bounds = self._bounds(items)
         # On the towers' device, where the ranks' backend has served the loss.
         every_ND = gather(own_BD.to(self._towers_device), [end - begin for begin, end in itertools.pairwise(bounds)])
         return every_ND.to(self._device)
+
+    @property
+    def _batch(self) -> int:
+        return _fitting(self.batch_size, self._towers_device)
 
     @property
     def _towers_device(self) -> torch.device:
@@ -195,33 +206,33 @@ class Embedder:
 
 
 @dataclass(frozen=True)
-class Preprocessed(Dataset[Tensor]):
-    """Items as the model's input, decoded when asked for."""
+class Cropped(Dataset[Tensor]):
+    """Items as numbers, decoded when asked for."""
 
     items: Sequence[Item]
-    preprocess: Callable[[Image.Image], Tensor]
+    crop: Callable[[Item], Tensor]
 
     def __len__(self) -> int:
         return len(self.items)
 
     def __getitem__(self, index: int) -> Tensor:
-        return self.preprocess(self.items[index].open())
+        return self.crop(self.items[index])
 
 
 # Without gradients, but not in inference mode: what towers keep from call to call must still serve training.
 @torch.no_grad()
 def embed_images(model: Model, items: Sequence[Item], *, batch_size: int, workers: int) -> Tensor:
     """(N, D) float32 on the CPU, unit-norm rows in the order of `items`; torch's random state stays as it is."""
+    parameter = next(model.towers.parameters())
+    crop, finish = pixels(model.preprocess, parameter.device)
     loader = DataLoader(
-        Preprocessed(items, model.preprocess),
-        batch_size=batch_size,
+        Cropped(items, crop),
+        batch_size=_fitting(batch_size, parameter.device),
         num_workers=workers,
         generator=torch.Generator(),  # else it takes a seed for its workers from torch's own
     )
-    parameter = next(model.towers.parameters())
     batches = [
-        model.towers.encode_image(image.to(parameter.device, parameter.dtype), normalize=True).float().cpu()
-        for image in loader
+        model.towers.encode_image(finish(image).to(parameter.dtype), normalize=True).float().cpu() for image in loader
     ]
     return _finite(torch.cat(batches), "image")
 
@@ -230,10 +241,27 @@ def embed_images(model: Model, items: Sequence[Item], *, batch_size: int, worker
 def embed_texts(model: Model, texts: Sequence[str], *, batch_size: int) -> Tensor:
     """(U, D) float32 on the CPU, unit-norm rows in the order of `texts`, which must be distinct (see `distinct`)."""
     device = next(model.towers.parameters()).device
-    batches = (texts[begin : begin + batch_size] for begin in range(0, len(texts), batch_size))
-    tokens = (model.tokenize(batch).to(device) for batch in batches)
-    features = [model.towers.encode_text(token, normalize=True).float().cpu() for token in tokens]
-    return _finite(torch.cat(features), "text")
+    order, size = by_length(texts), _fitting(batch_size, device)
+    parts = (order[begin : begin + size] for begin in range(0, len(texts), size))
+    tokens = (model.tokenize([texts[number] for number in part]).to(device) for part in parts)
+    features = [encode_texts(model.towers, token).float().cpu() for token in tokens]
+    return _finite(in_place(torch.cat(features), order), "text")
+
+
+def _fitting(batch_size: int, device: torch.device) -> int:
+    return min(batch_size, MOST_ON_CPU) if device.type == "cpu" else batch_size
+
+
+def by_length(texts: Sequence[str]) -> list[int]:
+    """Places in `texts` from the shortest to the longest: a batch takes as long as its longest text."""
+    return sorted(range(len(texts)), key=lambda number: len(texts[number]))
+
+
+def in_place(row_UD: Tensor, order: Sequence[int]) -> Tensor:
+    """Rows that were made in this order, back where they belong."""
+    placed_UD = torch.empty_like(row_UD)
+    placed_UD[torch.tensor(order, device=row_UD.device)] = row_UD
+    return placed_UD
 
 
 def distinct(texts: Sequence[str]) -> list[str]:

@@ -7,6 +7,7 @@ import io
 import json
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from pipeline import trained as loading
 from pipeline.evaluate import groups, memorisation, perturb
 from pipeline.evaluate.embed import Cache, Embedder, distinct, rows
 from pipeline.evaluate.measures import OpenSet, choose, open_set
+from pipeline.evaluate.pixels import name_of, transformed
 from pipeline.evaluate.result import Result, result_files, write_rows
 from pipeline.evaluate.sets import EvaluationError
 from pipeline.trained import LoadedModel, TrainedModel
@@ -43,6 +45,7 @@ def evaluate(
     templates: str = "",
     step: int | None = None,
     average: bool = False,
+    transform: str = "exact",
     out: Path | None = None,
     cache: bool = True,
     by: Sequence[str] = (),
@@ -58,6 +61,7 @@ def evaluate(
         templates: so too.
         step: a run's checkpoint; None for the newest.
         average: a run's moving average of the weights.
+        transform: of pixels.TRANSFORMS, how images become the model's input.
         out: where results go; None for `results_folder`.
         cache: keep embeddings in OUT/embeddings, and take those that are there.
         by: fields of the samples' `json`, by whose values the same figures are given (see groups.by_field).
@@ -80,6 +84,7 @@ def evaluate(
                 f"{', '.join(f'{one.name} ({one.kind})' for one in measured)}."
             )
         model = loading.load_any(source, step, device, average=average)
+        model = replace(model, preprocess=transformed(transform, model.preprocess))
         folder = out or results_folder(model, average=average)
         embedder = embedder_of(model, folder if cache else None, rank, world)
         bar = Console(stderr=True)
@@ -154,6 +159,7 @@ def record(model: LoadedModel, dataset: str, data: str, result: Result) -> dict[
         "dataset": dataset,
         "model": model.name,
         "pretrained": model.source,
+        "transform": name_of(model.preprocess),
         "task": result.task,
         "metrics": result.metrics,
         "intervals": result.intervals,
