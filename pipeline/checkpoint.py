@@ -62,16 +62,6 @@ class Checkpoint:
     average: dict[str, Tensor] | None = None
 
 
-def save(run: Path, checkpoint: Checkpoint, keep: int) -> Path:
-    """Write a checkpoint, point LATEST to it, then remove all but the newest `keep` (never fewer than two).
-
-    An OSError (a full disk, say) leaves the former checkpoints and LATEST as they were.
-    """
-    folder = publish(run, checkpoint)
-    purge(run, keep, known={checkpoint.step: True})
-    return folder
-
-
 def publish(run: Path, checkpoint: Checkpoint) -> Path:
     """Write a checkpoint and point LATEST to it.
 

@@ -249,7 +249,7 @@ def open_clip_train(task: Task, recipe: config.Recipe, run: Path) -> None:
     saved = torch.load(run / f"logs/run/checkpoints/epoch_{task.passes}.pt", map_location="cpu", weights_only=True)
     (run / "config.yaml").write_text(recipe.to_yaml())
     tokenizer.store(recipe.tokenizer.kind, Path(recipe.tokenizer.path), run / "tokenizer")
-    checkpoint.save(run, checkpoint.Checkpoint(task.steps, saved["state_dict"], {}, {}), keep=2)
+    checkpoint.publish(run, checkpoint.Checkpoint(task.steps, saved["state_dict"], {}, {}))
 
 
 def call(command: Sequence[str], variables: Mapping[str, str] = os.environ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import os
 import shutil
 import signal
@@ -14,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from data_prep import manifest
+from pipeline import ranks
 from pipeline.tracking import read_metrics
 from tests.pipeline.test_during import write_set
 from tests.processes import finish, free_port, last_step, start_trainer, train
@@ -210,17 +212,22 @@ def test_a_rank_that_is_killed_ends_the_others_and_the_run_goes_on(command):
         assert [line[name] for line in again][: len(seen)] == [line[name] for line in seen]
 
 
-def silent_master(rank):
+def silent_master(told, rank):
     from pipeline import ranks
 
+    ranks.log.addHandler(logging.FileHandler(told))
     ranks.PATIENCE_S = 1
     os.environ["MASTER_PORT"] = str(free_port())
 
 
-def test_a_wrong_master_port_is_told_of_and_then_refused(command):
+def test_a_wrong_master_port_is_told_of_and_then_refused(command, tmp_path):
     arguments, run = command
-    process = start_trainer([*arguments, "train.timeout_s=5"], rank=1, world=2, before=silent_master)
-    assert finish(process) == 2
+    told = tmp_path / "told"
+    before = functools.partial(silent_master, told)
+    assert finish(start_trainer([*arguments, "train.timeout_s=5"], rank=1, world=2, before=before)) == 2
+    assert ranks.PATIENCE_S < 60
+    assert "rank 1 of 2: the ranks have not met at 127.0.0.1:" in told.read_text()
+    assert "Waiting, for 5 s at the most" in told.read_text()
     reason = json.loads((run / "exit.json").read_text())["reason"]
     assert "rank 1 of 2: the ranks have not met at 127.0.0.1:" in reason
     assert "MASTER_ADDR" in reason

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,6 +29,13 @@ def make(
     return Checkpoint(step, {"weight": weight}, optimizer.state_dict(), state, mean)
 
 
+def save(run: Path, checkpoint: Checkpoint, keep: int) -> Path:
+    """Publish a checkpoint and remove old ones, as a Writer does; its folder."""
+    folder = checkpoints.publish(run, checkpoint)
+    checkpoints.purge(run, keep, known={checkpoint.step: True})
+    return folder
+
+
 def assert_same(one: Checkpoint, other: Checkpoint) -> None:
     """Equal to the bit."""
     assert one.step == other.step
@@ -41,21 +49,21 @@ def assert_same(one: Checkpoint, other: Checkpoint) -> None:
 
 def test_what_is_saved_is_loaded(tmp_path):
     saved = make(5)
-    folder = checkpoints.save(tmp_path, saved, keep=2)
+    folder = save(tmp_path, saved, keep=2)
     loaded = checkpoints.load_newest(tmp_path)
     assert_same(saved, loaded)
     assert (tmp_path / "checkpoints" / "LATEST").read_text() == folder.name == "step-00000005"
 
 
 def test_the_average_may_be_loaded_in_place_of_the_weights(tmp_path):
-    checkpoints.save(tmp_path, make(4), keep=2)
+    save(tmp_path, make(4), keep=2)
     weights = checkpoints.load(tmp_path, 4, weights_only=True)
     assert (float(weights.model["weight"][0, 0]), weights.optimizer, weights.average) == (4.0, {}, None)
     assert float(checkpoints.load(tmp_path, 4, weights_only=True, average=True).model["weight"][0, 0]) == 2.0
 
 
 def test_an_average_that_was_not_kept_is_refused(tmp_path):
-    checkpoints.save(tmp_path, make(4, average=False), keep=2)
+    save(tmp_path, make(4, average=False), keep=2)
     assert checkpoints.load(tmp_path, 4).average is None
     with pytest.raises(CheckpointError, match=r"optim\.ema was off"):
         checkpoints.load(tmp_path, 4, average=True)
@@ -68,8 +76,8 @@ def test_an_empty_run_has_none(tmp_path):
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("damage", ["flip", "cut", "missing"])
 def test_a_damaged_newest_falls_back_to_the_one_before(tmp_path, caplog, name, damage):
-    checkpoints.save(tmp_path, make(1), keep=3)
-    path = checkpoints.save(tmp_path, make(2), keep=3) / name
+    save(tmp_path, make(1), keep=3)
+    path = save(tmp_path, make(2), keep=3) / name
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     if damage == "missing":
@@ -84,7 +92,7 @@ def test_a_damaged_newest_falls_back_to_the_one_before(tmp_path, caplog, name, d
 @pytest.mark.parametrize("listed", ["{}", "[]", "null", '{"state.json": "0"}', '{"../LATEST": "0"}'])
 def test_checksums_that_do_not_list_the_files_are_damaged(tmp_path, listed):
     """An empty table has nothing in it that could fail."""
-    folder = checkpoints.save(tmp_path, make(1), keep=2)
+    folder = save(tmp_path, make(1), keep=2)
     (folder / "CHECKSUMS.json").write_text(listed)
     with pytest.raises(CheckpointError):
         checkpoints.load(tmp_path, 1)
@@ -92,7 +100,7 @@ def test_checksums_that_do_not_list_the_files_are_damaged(tmp_path, listed):
 
 def test_all_damaged_is_an_error_not_a_fresh_start(tmp_path):
     for step in (1, 2):
-        (checkpoints.save(tmp_path, make(step), keep=3) / "model.safetensors").write_bytes(b"")
+        (save(tmp_path, make(step), keep=3) / "model.safetensors").write_bytes(b"")
     with pytest.raises(CheckpointError, match="none of 2"):
         checkpoints.load_newest(tmp_path)
 
@@ -102,13 +110,13 @@ def test_a_leftover_partial_folder_is_replaced(tmp_path):
     partial.mkdir(parents=True)
     (partial / "model.safetensors").write_bytes(b"half")
     assert checkpoints.steps(tmp_path) == []
-    checkpoints.save(tmp_path, make(3), keep=2)
+    save(tmp_path, make(3), keep=2)
     assert checkpoints.load_newest(tmp_path).step == 3
 
 
 def test_the_newest_are_kept_and_never_fewer_than_two(tmp_path):
     for step in range(1, 6):
-        checkpoints.save(tmp_path, make(step), keep=1)
+        save(tmp_path, make(step), keep=1)
     assert checkpoints.steps(tmp_path) == [5, 4]
     assert sorted(path.name for path in (tmp_path / "checkpoints").glob("step-*")) == ["step-00000004", "step-00000005"]
 
@@ -116,12 +124,12 @@ def test_the_newest_are_kept_and_never_fewer_than_two(tmp_path):
 def test_a_damaged_one_does_not_count_among_those_kept(tmp_path, caplog):
     """Two that can be loaded stay, else one more fault would end the run."""
     for step in (1, 2, 3):
-        folder = checkpoints.save(tmp_path, make(step), keep=3)
+        folder = save(tmp_path, make(step), keep=3)
     (folder / "optimizer.pt").write_bytes(b"")
-    checkpoints.save(tmp_path, make(4), keep=2)
+    save(tmp_path, make(4), keep=2)
     assert checkpoints.steps(tmp_path) == [4, 3, 2]
     assert "step-00000003" in caplog.text
-    checkpoints.save(tmp_path, make(5), keep=2)
+    save(tmp_path, make(5), keep=2)
     assert checkpoints.steps(tmp_path) == [5, 4]
 
 
@@ -131,27 +139,27 @@ def test_what_killed_runs_left_is_cleared_away(tmp_path):
     (partial / "optimizer.pt").write_bytes(b"half")
     other = tmp_path / "checkpoints" / "step-of-mine"
     other.mkdir()
-    checkpoints.save(tmp_path, make(1), keep=2)
+    save(tmp_path, make(1), keep=2)
     assert not partial.exists()
     assert other.exists()
 
 
 def test_what_cannot_be_removed_does_not_end_the_run(tmp_path, monkeypatch, caplog):
     for step in (1, 2):
-        checkpoints.save(tmp_path, make(step), keep=2)
+        save(tmp_path, make(step), keep=2)
 
     def busy(path):
         raise OSError(16, "Device or resource busy")
 
     monkeypatch.setattr(checkpoints.shutil, "rmtree", busy)
-    checkpoints.save(tmp_path, make(3), keep=2)
+    save(tmp_path, make(3), keep=2)
     assert checkpoints.steps(tmp_path) == [3, 2]
     assert "step-00000001: the old checkpoint cannot be removed" in caplog.text
 
 
 @pytest.mark.parametrize("failing", FILES)
 def test_a_full_disk_leaves_the_former_checkpoint(tmp_path, monkeypatch, failing):
-    checkpoints.save(tmp_path, make(1), keep=2)
+    save(tmp_path, make(1), keep=2)
     real = checkpoints.sync
 
     def sync(path):
@@ -161,7 +169,7 @@ def test_a_full_disk_leaves_the_former_checkpoint(tmp_path, monkeypatch, failing
 
     monkeypatch.setattr(checkpoints, "sync", sync)
     with pytest.raises(OSError, match="No space left"):
-        checkpoints.save(tmp_path, make(2), keep=2)
+        save(tmp_path, make(2), keep=2)
     assert checkpoints.load_newest(tmp_path).step == 1
     assert (tmp_path / "checkpoints" / "LATEST").read_text() == "step-00000001"
     assert not (tmp_path / "checkpoints" / "step-00000002").exists()  # it would take room
@@ -178,7 +186,7 @@ class Touch:
 
 
 def test_a_malicious_pickle_is_not_executed(tmp_path):
-    folder = checkpoints.save(tmp_path, make(1), keep=2)
+    folder = save(tmp_path, make(1), keep=2)
     (folder / "optimizer.pt").write_bytes(pickle.dumps(Touch(tmp_path / "pwned")))
     sums = {name: checkpoints.sha256(folder / name) for name in FILES[:-1]}
     checkpoints.write_atomically(folder / "CHECKSUMS.json", str(sums).replace("'", '"'))

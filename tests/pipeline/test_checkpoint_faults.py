@@ -20,7 +20,7 @@ from pipeline import checkpoint as checkpoints
 from pipeline.checkpoint_copy import fetch_copy
 from pipeline.checkpoint_writer import Writer
 from pipeline.failure import TrainingError
-from tests.pipeline.test_checkpoint import assert_same, make
+from tests.pipeline.test_checkpoint import assert_same, make, save
 from tests.processes import CONTEXT
 
 FIGURE = "coco/recall@1"
@@ -150,7 +150,7 @@ def small_disk(tmp_path) -> Iterator[Path]:
 def test_a_full_disk_leaves_the_former_checkpoint(small_disk):
     """Wherever it is full, nothing half-written is visible; where room is made, the same save goes through."""
     run, ballast, saved = small_disk / "run", small_disk / "ballast", 0
-    checkpoints.save(run, make(1, size=10_000), keep=2)  # 400 kB
+    save(run, make(1, size=10_000), keep=2)  # 400 kB
     before = sorted(path.relative_to(run) for path in run.rglob("*"))
     for room in range(0, 512, 16):
         ballast.write_bytes(b"")
@@ -185,7 +185,7 @@ def save_under_a_limit(run: Path, limit: int) -> None:
 
 @pytest.mark.parametrize("limit", [0, 100, 40_000, 100_000])
 def test_a_file_that_cannot_be_written_leaves_the_former_checkpoint(tmp_path, limit):
-    checkpoints.save(tmp_path, make(1), keep=2)
+    save(tmp_path, make(1), keep=2)
     process = CONTEXT.Process(target=save_under_a_limit, args=(tmp_path, limit))
     process.start()
     process.join(60)

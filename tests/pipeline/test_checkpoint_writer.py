@@ -226,10 +226,10 @@ def test_the_best_is_kept_and_named(run):
 )
 def test_the_name_of_a_figure_says_which_is_better(run, figure, best):
     for step, value in ((1, 0.4), (2, 0.1), (3, 0.7)):
-        checkpoints.save(run, make(step, {figure: value}), keep=9)
+        checkpoints.publish(run, make(step, {figure: value}))
     assert checkpoint_writer.ranked(run, figure)[0] == best
     assert checkpoint_writer.lower_is_better(figure) == (best == 2)
-    checkpoints.save(run, make(4, {figure: 0.1 if best == 2 else 0.7}), keep=9)
+    checkpoints.publish(run, make(4, {figure: 0.1 if best == 2 else 0.7}))
     assert checkpoint_writer.ranked(run, figure)[:2] == [4, best]
 
 
@@ -249,7 +249,7 @@ def test_a_figure_may_come_from_an_evaluation_after_the_save(run):
 
 def test_a_figure_may_be_of_the_average(run):
     for step, value in ((1, 0.9), (2, 0.2)):
-        checkpoints.save(run, make(step, {FIGURE: 0.5}), keep=9)
+        checkpoints.publish(run, make(step, {FIGURE: 0.5}))
         evaluate(run, step, value)
         folder = run / "eval" / checkpoints.folder_name(step)
         folder.rename(folder.with_name(f"{folder.name}-average"))
@@ -259,7 +259,7 @@ def test_a_figure_may_be_of_the_average(run):
 
 def test_of_equals_the_newest_is_best_and_nan_is_no_figure(run):
     for step, value in ((1, 0.5), (2, 0.5), (3, float("nan"))):
-        checkpoints.save(run, make(step, {FIGURE: value}), keep=9)
+        checkpoints.publish(run, make(step, {FIGURE: value}))
     evaluate(run, 3, "high")
     assert checkpoint_writer.ranked(run, FIGURE) == [2, 1]
 

@@ -99,7 +99,7 @@ def save(run, step, change=lambda weights: None):
     """A checkpoint like the run's first, but for a change."""
     weights = dict(checkpoints.load(run, 60, weights_only=True).model)
     change(weights)
-    return checkpoints.save(run, Checkpoint(step, weights, {}, {}), keep=9)
+    return checkpoints.publish(run, Checkpoint(step, weights, {}, {}))
 
 
 def evaluators(run, data, rank=0, world=1, names=(), **changes):

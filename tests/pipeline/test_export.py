@@ -64,7 +64,7 @@ def make_run(run, vision, text, kind, vocabulary=None, **settings):
     checkpoints.write_atomically(run / "config.yaml", recipe.to_yaml())
     torch.manual_seed(1)
     towers = model.build(model.model_cfg("", recipe.model.config))
-    checkpoints.save(run, Checkpoint(1, towers.state_dict(), {}, {}), keep=2)
+    checkpoints.publish(run, Checkpoint(1, towers.state_dict(), {}, {}))
     return run
 
 

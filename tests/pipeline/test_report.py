@@ -64,7 +64,7 @@ def write_run(run):
     checkpoints.write_atomically(run / "config.yaml", recipe.to_yaml())
     torch.manual_seed(0)
     towers = model.build(recipe.model.config)
-    checkpoints.save(run, Checkpoint(60, towers.state_dict(), {}, {}), keep=2)
+    checkpoints.publish(run, Checkpoint(60, towers.state_dict(), {}, {}))
     environment = {"samples": 90, "world_size": 2, "devices": "cpu", "data_fingerprint": "other"}
     (run / "environment.json").write_text(json.dumps(environment))
     lines = [
