@@ -75,7 +75,8 @@ class Shards(Sequence[Shard]):
         """Those of one split."""
         import pyarrow as pa
 
-        return Shards(self.table.filter(pa.array(value == name for value in self.table.column("split").to_pylist())))
+        chosen = [value == name for value in self.table.column("split").to_pylist()]
+        return Shards(self.table.filter(pa.array(chosen, pa.bool_())))
 
     def fingerprint(self) -> str:
         """sha256 over the ordered (shard sha256, samples) rows: the bytes that train, and nothing else."""

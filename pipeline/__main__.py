@@ -105,6 +105,10 @@ def evaluate(
             metavar="NAME|FILE",
         ),
     ] = "",
+    answers: Annotated[
+        Path | None,
+        typer.Option(help="Answers to choose from, one a line, instead of train's most frequent.", metavar="FILE"),
+    ] = None,
     step: StepOption = None,
     average: AverageOption = False,
     transform: Annotated[
@@ -134,7 +138,7 @@ def evaluate(
         bool, typer.Option("--memorisation", help="How much better train pairs are matched than held-out ones, too.")
     ] = False,
 ) -> None:
-    """Measure a model: zero-shot classification, retrieval and caption selection, with 95 % intervals.
+    """Measure a model: zero-shot classification, retrieval, VQA and caption selection, with 95 % intervals.
 
     Class folders stand for the class names in order (folders 0, 1, 10 … by number), or are called as they are.
 
@@ -154,6 +158,7 @@ def evaluate(
             names=sets,
             class_names=classnames,
             templates=templates,
+            answers=answers,
             step=step,
             average=average,
             transform=transform,
@@ -165,11 +170,12 @@ def evaluate(
     if step is not None or average or transform != "exact" or out or by or perturb or memorisation:
         raise DataError(
             "--watch measures every checkpoint of a run, as it is: leave out all but --data, --set, "
-            "--classnames and --templates."
+            "--classnames, --templates and --answers."
         )
     from pipeline.evaluate.watch import watch as follow
 
-    if follow(Path(model), data, names=sets, class_names=classnames, templates=templates) == "requeue":
+    done = follow(Path(model), data, names=sets, class_names=classnames, templates=templates, answers=answers)
+    if done == "requeue":
         raise typer.Exit(REQUEUE)
 
 

@@ -217,7 +217,7 @@ def _evaluation(recipe: Recipe, found: Findings) -> None:
     known: list[str] = []
     if recipe.evaluate.data:
         with found.problem_with("evaluation"):
-            for source in choose(Path(recipe.evaluate.data), recipe.evaluate.sets):
+            for source in choose(Path(recipe.evaluate.data), recipe.evaluate.sets, while_training=True):
                 opened = open_set(source)
                 known.append(source.name)
                 found.say("evaluation", f"{source.name}: {len(opened.items):,} images, {len(opened.texts):,} texts")

@@ -69,7 +69,9 @@ class Evaluators:
         world: int,
         global_batch: int | None = None,
     ) -> None:
-        self._sets = exchange.from_main(lambda: [open_set(source) for source in choose(data, names)])
+        self._sets = exchange.from_main(
+            lambda: [open_set(source) for source in choose(data, names, while_training=True)]
+        )
         self._texts = [distinct(opened.texts) for opened in self._sets]
         self._tokenize, self._preprocess = tokenize, preprocess
         self._batch_size, self._workers = batch_size, workers

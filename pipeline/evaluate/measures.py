@@ -8,14 +8,14 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
 from torch import Tensor
 
-from pipeline.evaluate import class_texts, classification, gap, retrieval, selection, sources
+from pipeline.evaluate import class_texts, classification, gap, retrieval, selection, sources, vqa, vqa_candidates
 from pipeline.evaluate.result import Result
 from pipeline.evaluate.sets import EvaluationError, Item
 from pipeline.evaluate.sources import Source
@@ -56,40 +56,69 @@ class OpenSet:
     Attributes:
         source: name, kind, and where it lies.
         items: its images, in order.
-        texts: all that are compared with them: captions, image after image, or prompts.
+        texts: all that are compared with them: captions, image after image, or prompts; none where `streams`.
         folds: galleries that a retrieval set is cut into.
+        candidates: of a VQA set, answer type → answers to choose from.
     """
 
     source: Source
     items: list[Item]
     texts: list[str]
     folds: int = 1
+    candidates: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    @property
+    def streams(self) -> bool:
+        """Whether its texts are too many to be held: then `figures` asks for them, block after block, on every rank."""
+        return MEASURES[self.source.kind].streams
 
     @property
     def identity(self) -> str:
-        """sha256 of what is measured on: the images, and what is said of them."""
+        """sha256 of what is measured on: the images, and what is said or asked of them."""
         said = [[item.identity, item.label, item.captions] for item in self.items]
-        return hashlib.sha256(json.dumps([self.source.kind, said, self.texts, self.folds]).encode()).hexdigest()
+        parts = [self.source.kind, said, self.texts, self.folds]
+        if self.candidates:
+            parts += [[item.record.get("questions") for item in self.items], dict(self.candidates)]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def figures(self, image_ND: Tensor, embed: EmbedTexts) -> Result:
         """Score the embeddings.
 
         Args:
             image_ND: unit-norm, of `items`.
-            embed: texts, among `texts` → (M, D) unit-norm, on the same device.
+            embed: texts, among `texts` → (M, D) unit-norm, on the same device; where `streams`, any distinct texts.
+
+        Collective where `streams`: every rank calls it.
         """
         return MEASURES[self.source.kind].figures(self, image_ND, embed)
 
 
 class Measure(NamedTuple):
-    """How one kind of set is measured."""
+    """How one kind of set is measured.
+
+    Attributes:
+        texts: what a model is to embed.
+        figures: the scores of what it has embedded.
+        candidates: answers to choose from.
+        lacking: what a set cannot be measured without, in words; empty where it has all.
+        streams: see OpenSet.
+    """
 
     texts: Callable[[Source, list[Item]], list[str]]
     figures: Callable[[OpenSet, Tensor, EmbedTexts], Result]
+    candidates: Callable[[Source, list[Item]], Mapping[str, Sequence[str]]] = lambda source, items: {}
+    lacking: Callable[[Source], str] = lambda source: ""
+    streams: bool = False
 
 
 def choose(
-    data: Path, names: Sequence[str] | None = None, *, class_names: str = "", templates: str = ""
+    data: Path,
+    names: Sequence[str] | None = None,
+    *,
+    class_names: str = "",
+    templates: str = "",
+    answers: Path | None = None,
+    while_training: bool = False,
 ) -> list[Source]:
     """The sets of a dataset that are measured.
 
@@ -98,10 +127,12 @@ def choose(
         names: of the sets, or of PROTOCOLS; None or empty for all sets that there is a measure for.
         class_names: instead of the one set's own: a file, or a name (see class_texts).
         templates: so too.
+        answers: a file of candidates for VQA sets, one a line (see vqa_candidates.candidates).
+        while_training: leave out what takes too long to be measured again and again.
 
     Raises:
-        EvaluationError: a set that was asked for is not there, none can be measured, or names or templates are given
-            for what is not one classification set.
+        EvaluationError: a set that was asked for is not there, none can be measured, names or templates are given for
+            what is not one classification set, or answers where there is no VQA set.
     """
     available = {source.name: source for source in sources.find(data)}
     for name, protocol in PROTOCOLS.items():
@@ -110,15 +141,45 @@ def choose(
     if unknown := sorted(set(names or ()) - set(available)):
         raise EvaluationError(f"{data}: has no evaluation set {unknown[0]}. It has {', '.join(available) or 'none'}.")
     chosen = [available[name] for name in dict.fromkeys(names)] if names else list(available.values())
-    for source in chosen:
-        if source.kind not in MEASURES:
-            log.info("%s: there is no measure for %s sets yet; left out.", source.name, source.kind)
-    measured = [source for source in chosen if source.kind in MEASURES]
+    if answers:
+        chosen = _answered(chosen, answers)
+    measured = [source for source in chosen if _is_measured(source, bool(names), while_training)]
     if not measured:
+        known = [kind for kind, measure in MEASURES.items() if not (while_training and measure.streams)]
+        when = " while training" if while_training else ""
         raise EvaluationError(
-            f"{data}: has no evaluation set that can be measured, of {len(chosen)}. Known kinds: {', '.join(MEASURES)}."
+            f"{data}: has no evaluation set that can be measured{when}, of {len(chosen)}. Known kinds: "
+            f"{', '.join(known)}."
         )
     return [_renamed(measured, class_names, templates)] if class_names or templates else measured
+
+
+def _is_measured(source: Source, asked_for: bool, while_training: bool) -> bool:
+    """Whether a set can be; says why not, and refuses where it was asked for and lacks something."""
+    if source.kind not in MEASURES:
+        log.info("%s: there is no measure for %s sets yet; left out.", source.name, source.kind)
+    elif while_training and MEASURES[source.kind].streams:
+        log.info(
+            "%s: left out while training, since a statement of each question with each candidate answer would be "
+            "embedded again and again. `python -m pipeline evaluate RUN --data … --watch` measures it beside the run.",
+            source.name,
+        )
+    elif not (problem := MEASURES[source.kind].lacking(source)):
+        return True
+    elif asked_for:
+        raise EvaluationError(problem)
+    else:
+        log.info("%s: left out. %s", source.name, problem)
+    return False
+
+
+def _answered(chosen: Sequence[Source], answers: Path) -> list[Source]:
+    if not any(source.kind == "vqa" for source in chosen):
+        raise EvaluationError(
+            f"--answers is for VQA sets; chosen are {', '.join(f'{one.name} ({one.kind})' for one in chosen)}."
+        )
+    given = vqa_candidates.read_answers(answers)
+    return [replace(source, answers=given) if source.kind == "vqa" else source for source in chosen]
 
 
 def _renamed(measured: Sequence[Source], class_names: str, templates: str) -> Source:
@@ -145,8 +206,9 @@ def open_set(source: Source) -> OpenSet:
                 f"{len(items):,}. Measure --set {protocol.of} instead, or build the whole split."
             )
         items = [replace(item, captions=item.captions[: protocol.captions]) for item in items]
-    texts = MEASURES[source.kind].texts(source, items)
-    return OpenSet(source, items, texts, protocol.folds if protocol else 1)
+    measure = MEASURES[source.kind]
+    texts, candidates = measure.texts(source, items), measure.candidates(source, items)
+    return OpenSet(source, items, texts, protocol.folds if protocol else 1, candidates)
 
 
 def _prompts(source: Source, items: list[Item]) -> list[str]:
@@ -193,8 +255,29 @@ def _selection(opened: OpenSet, image_ND: Tensor, embed: EmbedTexts) -> Result:
     return selection.measure(image_ND, embed(opened.texts), [len(item.captions) for item in opened.items])
 
 
+def _candidates(source: Source, items: list[Item]) -> vqa_candidates.Candidates:
+    found = vqa_candidates.candidates(source.path, source.answers)
+    asked = vqa.questions(items)
+    count = vqa.statements(asked, found)
+    log.info(
+        "%s: %d questions, and %d statements of them with their candidate answers.", source.name, len(asked), count
+    )
+    return found
+
+
+def _vqa(opened: OpenSet, image_ND: Tensor, embed: EmbedTexts) -> Result:
+    return vqa.measure(image_ND, vqa.questions(opened.items), opened.candidates, embed)
+
+
 MEASURES = {
     "classification": Measure(_prompts, _classification),
     "retrieval": Measure(_captions, _retrieval),
     "selection": Measure(_captions, _selection),
+    "vqa": Measure(
+        texts=lambda source, items: [],
+        figures=_vqa,
+        candidates=_candidates,
+        lacking=lambda source: vqa_candidates.lacking(source.path, source.answers),
+        streams=True,
+    ),
 }

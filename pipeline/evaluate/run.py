@@ -43,6 +43,7 @@ def evaluate(
     names: Sequence[str] | None = None,
     class_names: str = "",
     templates: str = "",
+    answers: Path | None = None,
     step: int | None = None,
     average: bool = False,
     transform: str = "exact",
@@ -59,6 +60,7 @@ def evaluate(
         names: the sets to measure; None for all that there is a measure for.
         class_names: instead of the one set's own (see measures.choose).
         templates: so too.
+        answers: candidates for VQA sets (see measures.choose).
         step: a run's checkpoint; None for the newest.
         average: a run's moving average of the weights.
         transform: of pixels.TRANSFORMS, how images become the model's input.
@@ -77,7 +79,9 @@ def evaluate(
     Collective: every rank that a launcher started calls it.
     """
     with ranks.inference() as (rank, world, device):
-        measured = exchange.from_main(lambda: choose(data, names, class_names=class_names, templates=templates))
+        measured = exchange.from_main(
+            lambda: choose(data, names, class_names=class_names, templates=templates, answers=answers)
+        )
         if further and not any(one.kind == "retrieval" for one in measured):
             raise EvaluationError(
                 f"--{' and --'.join(further)} need a retrieval set; chosen are "
@@ -92,7 +96,7 @@ def evaluate(
         for one in track(measured, "evaluate", console=bar, disable=rank > 0 or not bar.is_terminal):
             opened = exchange.from_main(partial(open_set, one))
             image_ND, find = embed(embedder, opened)
-            scored: list[Scored] = [(opened, partial(opened.figures, image_ND, find))]
+            scored: list[Scored] = [(opened, _scoring(opened, image_ND, find))]
             if one.kind == "retrieval":
                 scored += [FURTHER[name](embedder, data, opened, image_ND, find) for name in further]
             records += exchange.from_main(partial(_measure, model, folder, by, scored))
@@ -123,12 +127,26 @@ def embedder_of(model: LoadedModel, folder: Path | None, rank: int = 0, world: i
 
 
 def embed(embedder: Embedder, opened: OpenSet) -> tuple[Any, Any]:
-    """(N, D) of a set's images, and texts → (M, D) of its texts.
+    """(N, D) of a set's images, and texts → (M, D) of its texts; where the set streams, of any distinct texts.
+
+    Collective: every rank calls it, and so, where the set streams, what embeds texts.
+    """
+    if opened.streams:
+        # What is not to be held is not to be kept either.
+        return embedder.images(opened.items), replace(embedder, cache=None).texts
+    unique = distinct(opened.texts)
+    return embedder.images(opened.items), rows(unique, embedder.texts(unique))
+
+
+def _scoring(opened: OpenSet, image_ND: Any, find: Any) -> Callable[[], Result]:
+    """What scores a set, for the main rank; of one that streams, after all ranks have scored it.
 
     Collective: every rank calls it.
     """
-    unique = distinct(opened.texts)
-    return embedder.images(opened.items), rows(unique, embedder.texts(unique))
+    if not opened.streams:
+        return partial(opened.figures, image_ND, find)
+    result = opened.figures(image_ND, find)
+    return lambda: result
 
 
 def _measure(model: LoadedModel, folder: Path, by: Sequence[str], scored: Sequence[Scored]) -> list[dict[str, Any]]:

@@ -1,43 +1,32 @@
 """Zero-shot VQA: each candidate answer makes a statement of the question, and the one nearest to the image answers it.
 
-Candidates are what is often answered in training, never the answers of the questions that are asked; but which type of
-answer a question has (yes/no, number, other) is taken from the set, as its annotators' answers have it.
+Which type of answer a question has (yes/no, number, other), and so which candidates, is taken from the set, where the
+annotators' answers decided it: a figure is of a model that is told as much.
 
 Shapes: N images, Q questions, q questions of the same words, C candidates, D = embedding width.
 """
 
 from __future__ import annotations
 
-import functools
-import logging
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
 
-from data_prep import manifest
 from data_prep.captions import statement
-from data_prep.record import TRAIN
 from pipeline.evaluate.embed import distinct, rows
 from pipeline.evaluate.result import Result
-from pipeline.evaluate.sets import EvaluationError, Item, read_tar
+from pipeline.evaluate.sets import EvaluationError, Item
 from pipeline.evaluate.statistics import Floats, Ints, Sampled, group_intervals
 from pipeline.evaluate.ties import scores
 from pipeline.evaluate.vqa_accuracy import AGREEMENT, Key, normalised, trimmed
-
-log = logging.getLogger(__name__)
+from pipeline.evaluate.vqa_candidates import ANSWER_TYPES, Candidates
 
 TASK = "zeroshot_vqa"
-YES_NO, NUMBER, OTHER = "yes/no", "number", "other"
-# Answer type → how many of training's most frequent answers are candidates; of VQA v2's train answers these are most.
-MOST_FREQUENT = {NUMBER: 50, OTHER: 250}
 BLOCK = 16_384  # statements that are embedded, and held, at a time
 FIELDS = ("question", "question_type", "answer_type", "answers")
-
-Candidates = Mapping[str, Sequence[str]]
 
 
 class Question(NamedTuple):
@@ -72,9 +61,9 @@ def questions(items: Sequence[Item]) -> list[Question]:
                 raise EvaluationError(
                     f"{where} has no {missing[0]}. Those of VQA's test split are not published: measure on val."
                 )
-            if asked["answer_type"] not in (YES_NO, NUMBER, OTHER):
+            if asked["answer_type"] not in ANSWER_TYPES:
                 raise EvaluationError(
-                    f"{where} has the answer_type {asked['answer_type']!r}; known are {YES_NO}, {NUMBER} and {OTHER}."
+                    f"{where} has the answer_type {asked['answer_type']!r}; known are {', '.join(ANSWER_TYPES)}."
                 )
             answers = tuple(str(given["answer"]) for given in asked["answers"])
             if len(answers) <= AGREEMENT:
@@ -88,72 +77,8 @@ def questions(items: Sequence[Item]) -> list[Question]:
     return found
 
 
-def candidates(folder: Path, given: Sequence[str] = ()) -> Candidates:
-    """Answer type → the answers to choose from.
-
-    Args:
-        folder: of the set; the answers are those of its dataset's train split (see MOST_FREQUENT).
-        given: instead of them; those with a digit or a number word answer questions for a number, and no others.
-
-    Raises:
-        EvaluationError: there are neither.
-    """
-    if given:
-        numeric = {answer: any(letter.isdigit() for letter in normalised(answer)) for answer in given}
-        found = {
-            NUMBER: tuple(answer for answer, is_number in numeric.items() if is_number),
-            OTHER: tuple(answer for answer, is_number in numeric.items() if not is_number),
-        }
-    else:
-        data = folder.parent.parent
-        found = _of_train(data, manifest.read(data).fingerprint(TRAIN)) if _has_train(data) else {}
-        if not any(found.values()):
-            raise EvaluationError(
-                f"{folder}: candidate answers are the most frequent ones of the dataset's train split, and there are "
-                "no train questions. Build the dataset with VQA's, or name a file of candidates, one a line: --answers "
-                "FILE. (The set's own answers would give the right ones away.)"
-            )
-    return {YES_NO: ("yes", "no"), **found}
-
-
-def read_answers(file: Path) -> tuple[str, ...]:
-    """Candidate answers from a file, one a line; empty lines are passed over.
-
-    Raises:
-        EvaluationError: it is not there, is no text, or has no line.
-    """
-    try:
-        found = distinct([trimmed(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()])
-    except (OSError, UnicodeDecodeError) as error:
-        raise EvaluationError(f"{file}: looked for candidate answers, one a line: {error}.") from None
-    if not found:
-        raise EvaluationError(f"{file}: looked for candidate answers, one a line, and found none.")
-    return tuple(found)
-
-
-def _has_train(data: Path) -> bool:
-    return (data / manifest.MANIFEST).is_file() and TRAIN in manifest.read(data).manifest["splits"]
-
-
-@functools.lru_cache(maxsize=1)  # a run that is followed asks again for each checkpoint
-def _of_train(data: Path, fingerprint: str) -> dict[str, tuple[str, ...]]:
-    """The answers that most train questions have, ties in the order of the alphabet; by answer type."""
-    votes: dict[str, Counter[str]] = defaultdict(Counter)
-    for shard in manifest.read(data).shards.of_split(TRAIN):
-        # Statements are made of questions: where there are none, the tar need not be read.
-        if any(row["statements"] for row in manifest.read_table(data / manifest.table_of(shard.name), ["statements"])):
-            for item in read_tar(data / shard.name):
-                for asked in item.record.get("questions", ()):
-                    votes[asked.get("answer_type", OTHER)][trimmed(asked.get("multiple_choice_answer", ""))] += 1
-    found = {}
-    for answer_type, most in MOST_FREQUENT.items():
-        ranked = sorted(votes[answer_type].items(), key=lambda vote: (-vote[1], vote[0]))
-        found[answer_type] = tuple(answer for answer, _ in ranked if answer)[:most]
-    return found
-
-
-def check(asked: Sequence[Question], answers: Candidates) -> None:
-    """Refuse candidates that leave a question without any, and say how many statements are to be embedded.
+def statements(asked: Sequence[Question], answers: Candidates) -> int:
+    """How many there are to be embedded, but for those of several questions.
 
     Raises:
         EvaluationError: there is none for an answer type that occurs.
@@ -164,8 +89,7 @@ def check(asked: Sequence[Question], answers: Candidates) -> None:
             f"{counts[without[0]]:,} questions have an answer of the type {without[0]}, and there are no candidates of "
             "that type. Name a file with some, one a line: --answers FILE."
         )
-    statements = sum(len(answers[answer_type]) for answer_type, _ in _by_words(asked))
-    log.info("%d questions; about %d statements of them and their candidate answers.", len(asked), statements)
+    return sum(len(answers[answer_type]) for answer_type, _ in _by_words(asked))
 
 
 def measure(
@@ -190,7 +114,7 @@ def measure(
     earned_Q, chance_Q, best_Q = (np.zeros(len(asked)) for _ in range(3))
     for block in _blocks(asked, answers):
         said = {(kind, text): [statement(text, answer) for answer in answers[kind]] for kind, text, _ in block}
-        unique = distinct([one for statements in said.values() for one in statements])
+        unique = distinct([sentence for sentences in said.values() for sentence in sentences])
         look_up = rows(unique, embed(unique))
         for kind, text, numbers in block:
             image_q = [asked[number].image for number in numbers]
@@ -231,15 +155,15 @@ def _by_words(asked: Sequence[Question]) -> dict[tuple[str, str], list[int]]:
 def _blocks(asked: Sequence[Question], answers: Candidates) -> Iterator[list[tuple[str, str, list[int]]]]:
     """Questions of the same words together, as many as make at most BLOCK statements, but at least one."""
     block: list[tuple[str, str, list[int]]] = []
-    statements = 0
+    size = 0
     for (kind, text), numbers in _by_words(asked).items():
-        if block and statements + len(answers[kind]) > BLOCK:
+        if block and size + len(answers[kind]) > BLOCK:
             yield block
-            block, statements = [], 0
+            block, size = [], 0
         # The images of one question may be many: as many at a time as it has candidates make a block.
         step = max(1, BLOCK // len(answers[kind]))
         block += [(kind, text, numbers[begin : begin + step]) for begin in range(0, len(numbers), step)]
-        statements += len(answers[kind])
+        size += len(answers[kind])
     yield block
 
 
@@ -253,7 +177,7 @@ def _result(
 ) -> Result:
     image_Q = np.array([question.image for question in asked])
     chosen = {"vqa_accuracy": np.ones(len(asked), dtype=bool)}
-    for answer_type in (YES_NO, NUMBER, OTHER):
+    for answer_type in ANSWER_TYPES:
         of_type_Q = np.array([question.answer_type == answer_type for question in asked])
         if of_type_Q.any():
             chosen[f"vqa_accuracy_{answer_type.replace('/', '_')}"] = of_type_Q

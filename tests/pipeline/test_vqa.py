@@ -1,26 +1,22 @@
-"""Zero-shot VQA: which candidates there are, which one answers, and what it earns."""
+"""Zero-shot VQA: which candidate answers a question, and what it earns."""
 
 from __future__ import annotations
 
-import io
 import itertools
 import json
 import random
-import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
-from PIL import Image
 
-from data_prep import manifest
 from data_prep.captions import statement
-from data_prep.manifest import Shard
 from pipeline.evaluate import vqa
 from pipeline.evaluate.sets import EvaluationError, Item
 from pipeline.evaluate.vqa import Question
+from pipeline.evaluate.vqa_accuracy import normalised
 
 ANSWERS = {"yes/no": ("yes", "no"), "number": ("1", "2", "3"), "other": ("red", "blue", "green", "t-shirt")}
 AXES = 64
@@ -161,8 +157,6 @@ def small_set():
 
 def plainly(questions, image_ND, embedded):
     """What each question earns, by the official definition, one thing at a time."""
-    from pipeline.evaluate.vqa_accuracy import normalised
-
     found = []
     for one in questions:
         candidates = ANSWERS[one.answer_type]
@@ -221,13 +215,6 @@ def test_an_interval_draws_images_and_not_questions():
     json.dumps(found.describe())
 
 
-# -- where questions and candidates come from --
-
-
-def item(*questions):
-    return Item("s0", Path("0.tar"), 0, 0, record={"questions": list(questions)})
-
-
 def raw(number=1, answer="red", answer_type="other", **changes):
     """A question as it lies in a sample's json."""
     return {
@@ -238,6 +225,10 @@ def raw(number=1, answer="red", answer_type="other", **changes):
         "multiple_choice_answer": answer,
         "answers": [{"answer": answer, "answer_confidence": "yes", "answer_id": place + 1} for place in range(10)],
     } | changes
+
+
+def item(*questions):
+    return Item("s0", Path("0.tar"), 0, 0, record={"questions": list(questions)})
 
 
 def test_questions_belong_to_their_images():
@@ -259,7 +250,7 @@ def test_questions_belong_to_their_images():
         ),
         ([item(raw(answers=[]))], "has no answers.*test split are not published"),
         ([item(raw(answers=raw()["answers"][:3]))], "has 3 answers.*VQA has ten"),
-        ([item(raw(answer_type="colour"))], "answer_type 'colour'; known are yes/no, number and other"),
+        ([item(raw(answer_type="colour"))], "answer_type 'colour'; known are yes/no, number, other"),
     ],
 )
 def test_questions_that_cannot_be_scored_say_why(items, message):
@@ -267,100 +258,8 @@ def test_questions_that_cannot_be_scored_say_why(items, message):
         vqa.questions(items)
 
 
-def write_tar(path, samples):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    picture = io.BytesIO()
-    Image.new("RGB", (8, 8)).save(picture, "PNG")
-    with tarfile.open(path, "w") as tar:
-        for number, questions in enumerate(samples):
-            for extension, data in (
-                ("png", picture.getvalue()),
-                ("json", json.dumps({"questions": questions}).encode()),
-            ):
-                info = tarfile.TarInfo(f"{number:09d}.{extension}")
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
-
-
-def dataset(root, train, held_out):
-    """A dataset of ours with a train shard a list of samples, each with its questions, and a VQA set."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    shards = []
-    for number, samples in enumerate(train):
-        path = root / f"train/{number:05d}.tar"
-        write_tar(path, samples)
-        texts = [["a statement"] if questions else [] for questions in samples]
-        pq.write_table(pa.table({"statements": pa.array(texts, pa.list_(pa.string()))}), path.with_suffix(".parquet"))
-        shards.append(
-            Shard("train", f"train/{number:05d}.tar", path.stat().st_size, manifest.sha256(path), len(samples), 0)
-        )
-    write_tar(root / "eval/asked_val/test/0.tar", held_out)
-    (root / "eval/asked_val/test/nshards.txt").write_text("1\n")
-    splits = {"asked_val": {"kind": "vqa", "samples": len(held_out), "shards": 1, "captions": 0, "bytes": 1}}
-    if train:
-        splits["train"] = {"kind": "train", "samples": sum(map(len, train)), "shards": len(train)}
-    manifest.write(root, {"name": "small", "splits": splits, "counts": {}}, shards, [])
-    return root / "eval/asked_val"
-
-
-TRAIN = [
-    [[raw(1, "red"), raw(2, "2", "number")], [raw(3, "blue"), raw(4, "yes", "yes/no")]],
-    [[raw(5, "blue")], [raw(6, "10", "number"), raw(7, "2", "number"), raw(8, "azure")], []],
-]
-
-
-def test_candidates_are_the_most_frequent_train_answers(tmp_path, monkeypatch):
-    folder = dataset(tmp_path / "all", TRAIN, [[raw()]])
-    assert vqa.candidates(folder) == {"yes/no": ("yes", "no"), "number": ("2", "10"), "other": ("blue", "azure", "red")}
-    monkeypatch.setattr(vqa, "MOST_FREQUENT", {"number": 1, "other": 2})
-    folder = dataset(tmp_path / "few", TRAIN, [[raw()]])
-    assert vqa.candidates(folder) == {"yes/no": ("yes", "no"), "number": ("2",), "other": ("blue", "azure")}
-
-
-def test_candidates_do_not_depend_on_the_set(tmp_path):
-    """Its answers give nothing away, whatever they are."""
-    found = [
-        vqa.candidates(dataset(tmp_path / word, TRAIN, [[raw(9, word), raw(10, "77", "number")]]))
-        for word in ("red", "mauve")
-    ]
-    assert found[0] == found[1]
-    assert not {"mauve", "77"} & {answer for answers in found[1].values() for answer in answers}
-
-
-def test_shards_without_statements_are_not_read(tmp_path):
-    """Such as a million of them of pairs from the web, in the same dataset."""
-    folder = dataset(tmp_path, [*TRAIN, [[], []]], [[raw()]])
-    (tmp_path / "train/00002.tar").unlink()
-    assert vqa.candidates(folder)["number"] == ("2", "10")
-
-
-@pytest.mark.parametrize("train", [[], [[[], []]]], ids=["no train split", "no train questions"])
-def test_without_train_questions_candidates_must_be_named(tmp_path, train):
-    folder = dataset(tmp_path, train, [[raw()]])
-    with pytest.raises(EvaluationError, match=r"no train questions.*--answers FILE"):
-        vqa.candidates(folder)
-    (tmp_path / "answers.txt").write_text("red\n\n 2 \ntwo dogs\nred\n\nt-shirt\n")
-    given = vqa.read_answers(tmp_path / "answers.txt")
-    expected = {"yes/no": ("yes", "no"), "number": ("2", "two dogs"), "other": ("red", "t-shirt")}
-    assert vqa.candidates(folder, given) == expected
-
-
-def test_files_of_candidates_that_cannot_be_used_say_why(tmp_path):
-    for name, data, message in (
-        ("absent.txt", None, "looked for candidate answers"),
-        ("empty.txt", b"\n \n", "found none"),
-        ("binary.txt", b"\xff\xfe\x00", "looked for candidate answers"),
-    ):
-        if data is not None:
-            (tmp_path / name).write_bytes(data)
-        with pytest.raises(EvaluationError, match=message):
-            vqa.read_answers(tmp_path / name)
-
-
 def test_a_type_without_candidates_is_refused():
     questions = [asked("How many?", "number", ["2"] * 10)]
     with pytest.raises(EvaluationError, match="1 questions have an answer of the type number"):
-        vqa.check(questions, ANSWERS | {"number": ()})
-    vqa.check(questions, ANSWERS | {"other": ()})
+        vqa.statements(questions, ANSWERS | {"number": ()})
+    assert vqa.statements(questions * 2, ANSWERS | {"other": ()}) == 3
