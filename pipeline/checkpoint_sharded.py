@@ -3,7 +3,8 @@
 RUN/checkpoints/step-00001000/ shard-….safetensors (one a rank)  state.json  CHECKSUMS.json (last)
 
 torch.distributed.checkpoint writes and reads them, in its safetensors form: its own form has a pickle in it, which may
-run code when it is read. Any number of ranks reads what any other has written.
+run code when it is read. Any number of ranks reads what any other has written, and so does training whose weights are
+whole, and the other way round: the optimizer's groups are saved as those of a model that was never cut.
 """
 
 from __future__ import annotations
@@ -28,9 +29,11 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from pipeline import checkpoint as checkpoints
 from pipeline import exchange
+from pipeline.checkpoint import AVERAGE as EMA
 from pipeline.checkpoint import STATE, Checkpoint, CheckpointError, folder_name
 from pipeline.checkpoint_writer import Writer
 
@@ -67,6 +70,7 @@ def save_sharded(
     Collective: every rank calls it.
     """
     tensors, groups = _content(towers, optimizer, average)
+    groups = _uncut(groups, tensors)
     folder = exchange.from_main(lambda: checkpoints.new_folder(run, step))
     try:
         exchange.together(lambda: _write(tensors, folder))
@@ -108,15 +112,21 @@ def load_sharded(
 
     Raises:
         CheckpointError: a file is missing or its hash differs, or what is saved is of another model; on every rank.
+            (One that was saved whole will do.)
 
     Collective: every rank calls it.
     """
     folder = run / "checkpoints" / folder_name(step)
     state = exchange.from_main(lambda: _state(folder, verify))
-    groups = _groups(state)
-    averaged = exchange.from_main(lambda: any(name.startswith(AVERAGE) for name in _metadata(folder)))
-    tensors, _ = _content(towers, optimizer, average if averaged else None)
-    exchange.together(lambda: _read(tensors, folder, no_dist=False))
+    sharded = state.pop(GROUPS, None) is not None
+    averaged = exchange.from_main(
+        lambda: any(name.startswith(AVERAGE) for name in _metadata(folder)) if sharded else (folder / EMA).exists()
+    )
+    tensors, groups = _content(towers, optimizer, average if averaged else None)
+    if sharded:
+        exchange.together(lambda: _read(tensors, folder, no_dist=False))
+    else:
+        exchange.together(lambda: _cut(checkpoints.load(run, step), tensors, _uncut(groups, tensors)))
     weights: dict[str, Any] = dict(_under(MODEL, tensors))
     set_model_state_dict(towers, weights)
     set_optimizer_state_dict(towers, optimizer, {"state": _moments(tensors), "param_groups": groups})
@@ -161,6 +171,37 @@ def _content(
     return tensors, saved["param_groups"]
 
 
+def _uncut(groups: list[dict[str, Any]], tensors: Mapping[str, Tensor]) -> list[dict[str, Any]]:
+    """The optimizer's groups without sharding.apart's division: those of one name together, in the model's order."""
+    order = {name: number for number, name in enumerate(_under(MODEL, tensors))}
+    found: dict[Any, dict[str, Any]] = {}
+    for number, group in enumerate(groups):
+        whole = found.setdefault(group.get("name", number), {**group, "params": []})
+        whole["params"] = sorted([*whole["params"], *group["params"]], key=order.__getitem__)
+    return list(found.values())
+
+
+def _cut(saved: Checkpoint, tensors: Mapping[str, Tensor], groups: list[dict[str, Any]]) -> None:
+    """Copy this rank's parts of a checkpoint that was saved whole.
+
+    Raises:
+        CheckpointError: it is of another model.
+    """
+    names = [name for group in groups for name in group["params"]]
+    whole = {f"{MODEL}{name}": tensor for name, tensor in saved.model.items()}
+    whole |= {f"{AVERAGE}{name}": tensor for name, tensor in (saved.average or {}).items()}
+    for number, moments in saved.optimizer["state"].items():
+        whole |= {f"{OPTIMIZER}{names[number]}.{key}": tensor for key, tensor in moments.items()}
+    for name, part in tensors.items():
+        if name not in whole or whole[name].shape != part.shape:
+            raise CheckpointError(f"step {saved.step}: is of another model ({name} is missing, or of another shape).")
+        if isinstance(part, DTensor):
+            place = part.device_mesh, part.placements
+            part.copy_(distribute_tensor(whole[name].to(part.device), *place, src_data_rank=None))
+        else:
+            part.copy_(whole[name])
+
+
 def _metadata(folder: Path) -> dict[str, Any]:
     """What is known of each saved tensor, by its name."""
     with checkpoints.reading(folder):
@@ -188,9 +229,8 @@ def _groups(state: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _state(folder: Path, verify: bool) -> dict[str, Any]:
-    listed = checkpoints.verify(folder) if verify else [path.name for path in folder.iterdir()]
-    if not any(map(checkpoints.is_shard, listed)):
-        raise CheckpointError(f"{folder}: was not saved by sharded training; found {sorted(listed)}. Load it whole.")
+    if verify:
+        checkpoints.verify(folder)
     state: dict[str, Any] = json.loads((folder / STATE).read_text(encoding="utf-8"))
     return state
 

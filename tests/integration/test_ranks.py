@@ -130,6 +130,33 @@ def test_a_sharded_run_goes_on_to_the_bit_and_loads_whole(dataset, recipe, tmp_p
         assert torch.equal(whole[1][name], tensor), name
 
 
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        ((2, "fsdp2"), (1, "fsdp2")),
+        ((1, "fsdp2"), (2, "fsdp2")),
+        ((2, "ddp"), (2, "fsdp2")),
+        ((2, "fsdp2"), (2, "ddp")),
+    ],
+)
+def test_weights_may_be_cut_and_whole_by_turns(dataset, recipe, tmp_path, first, then):
+    """By the number of ranks, or because the change is accepted: moments and average are those of each parameter."""
+    arguments = [str(recipe(optim={"schedule": "constant", "ema": 0.8})), "--data", str(dataset)]
+    arguments += ["train.precision=fp64", "train.accept_changes=true"]
+    one, run = str(tmp_path / "one"), str(tmp_path / "run")
+    assert train([arguments[0], one, *arguments[1:], "train.steps=8"]) == 0
+    for (world, sharding), steps in ((first, 4), (then, 8)):
+        settings = [f"train.sharding={sharding}", f"train.steps={steps}"]
+        assert train([arguments[0], run, *arguments[1:], *settings], world=world) == 0
+    for name in ("loss", "grad_norm", "logit_scale"):
+        found, expected = ([line[name] for line in read_metrics(tmp_path / run)] for run in ("run", "one"))
+        assert found == pytest.approx(expected, rel=1e-9), name
+    last = [checkpoints.load(tmp_path / run, 8) for run in ("run", "one")]
+    for name, tensor in last[1].average.items():
+        torch.testing.assert_close(last[0].average[name], tensor, rtol=1e-8, atol=1e-10, msg=name)
+    torch.testing.assert_close(last[0].optimizer["state"], last[1].optimizer["state"], rtol=1e-6, atol=1e-10)
+
+
 def test_a_sharded_run_keeps_its_best_checkpoint_and_comes_back_from_its_copy(dataset, recipe, tmp_path):
     path = recipe(optim={"schedule": "constant", "warmup_steps": 0}, checkpoint={"every_steps": 1, "keep": 2})
     run, copy = tmp_path / "run", tmp_path / "copy"
