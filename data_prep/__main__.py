@@ -150,6 +150,17 @@ def build(
     scrub: Annotated[
         bool, typer.Option("--scrub", help="Take e-mail addresses, phone numbers and URLs out of captions.")
     ] = False,
+    scores: Annotated[
+        Path | None,
+        typer.Option(
+            help="Scores of these images' texts (`python -m pipeline score`), for --min-score.",
+            metavar="DIR",
+            parser=path_of,
+        ),
+    ] = None,
+    min_score: Annotated[
+        float | None, typer.Option(help="Drop train texts whose similarity to their image is lower.")
+    ] = None,
     executor: Annotated[
         str, typer.Option(help="local, or ray: the cluster at RAY_ADDRESS, else one started on this machine.")
     ] = "local",
@@ -162,6 +173,7 @@ def build(
     from data_prep.captions import TextRules
     from data_prep.executor import EXECUTORS
     from data_prep.locations import remove_tree
+    from data_prep.scores import read as read_scores
     from data_prep.shards import BUILD
     from data_prep.sources import ReadOptions, parse
 
@@ -170,6 +182,10 @@ def build(
         raise DataError(f"--executor {executor!r}: choose one of {', '.join(EXECUTORS)}.")
     if resize != "none" and not (resize.isdigit() and int(resize)):
         raise DataError(f"--resize {resize!r}: give a number of pixels, or none.")
+    if (scores is None) != (min_score is None):
+        raise DataError("--scores and --min-score belong together: a folder of scores, and the lowest that may train.")
+    rules = TextRules(min_words, yes_no_cap, scrub)
+    low = None if scores is None or min_score is None else read_scores(scores, min_score, rules)
     if overwrite and out.exists():
         # A lone manifest.json is no sign of ours: many tools write one.
         if any(out.iterdir()) and not (out / manifest.SEAL).is_file() and not (out / BUILD).is_dir():
@@ -182,8 +198,9 @@ def build(
         seed=seed,
         near_duplicates=near_duplicates,
         licenses=tuple(license or ()),
-        rules=TextRules(min_words, yes_no_cap, scrub),
+        rules=rules,
         hold_out=tuple(map(_share, hold_out or ())),
+        low=low,
         executor=executor,
         workers=workers,
     )

@@ -28,6 +28,7 @@ from data_prep.leakage import HeldOut
 from data_prep.locations import appearing, is_local, remove_tree
 from data_prep.manifest import Shard
 from data_prep.record import TRAIN, DataError, Evaluation, Record
+from data_prep.scores import REASON, LowScores
 from data_prep.shards import BUILD, HELD_OUT, Made, Task, make
 from data_prep.sources import ReadOptions
 
@@ -47,6 +48,7 @@ class Options:
         licenses: licence ids that may train, as COCO numbers them; none means all, and also the unknown.
         rules: what is done to texts.
         hold_out: (split, share) pairs: that much of the images without splits becomes the evaluation set NAME_SPLIT.
+        low: texts that fit their images too little to train.
         executor, workers: what does the work (`data_prep.executor`), and how many processes of this machine.
     """
 
@@ -58,6 +60,7 @@ class Options:
     licenses: tuple[int, ...] = ()
     rules: TextRules = field(default_factory=TextRules)
     hold_out: tuple[tuple[str, float], ...] = ()
+    low: LowScores | None = None
     executor: str = "local"
     workers: int = 1
 
@@ -135,6 +138,11 @@ def build(
         intake = take(pairs, reading, shares, options.seed, scratch, cores)
         if not intake.read:
             raise DataError(f"{', '.join(f'{name}={root}' for name, root in pairs)}: no records at all.")
+        if options.low and not any(map(options.low.of, intake.some_records())):
+            raise DataError(
+                f"--scores: none of the {len(options.low.texts):,} images with a text below {options.low.below} is in "
+                "these sources. Were others scored? Images are known by their ids."
+            )
         recorded = _recorded(options, reading)
         origin = hashlib.sha256(f"{intake.origin} {recorded}".encode()).hexdigest()
         if _is_finished(out, origin):
@@ -156,6 +164,9 @@ def build(
         records = _licensed(intake.train_records(ids, tally.drop), options.licenses, tally)
         tasks = _train_tasks(records, out, options, held_out.sha256())
         _run("train", tasks, intake.train.count, tally, cores, progress)
+        if options.low:
+            found, count = sum(counts[REASON] for counts in tally.dropped.values()), options.low.summary()["texts"]
+            say(f"{found:,} texts left out, of {count:,} scored below {options.low.below}")
 
     content = {
         "name": options.name,
@@ -240,7 +251,8 @@ def _evaluation_tasks(intake: Intake, out: Path, options: Options) -> Iterator[T
 def _train_tasks(records: Iterator[Record], out: Path, options: Options, held_out: str) -> Iterator[Task]:
     for number, part in enumerate(_parts(records, options.samples_per_shard)):
         keys = tuple(f"{number:05d}{index:04d}" for index in range(len(part)))
-        yield Task(out, f"train/{number:05d}.tar", TRAIN, part, keys, options.resize, options.rules, held_out)
+        low = tuple(map(options.low.of, part)) if options.low else ()
+        yield Task(out, f"train/{number:05d}.tar", TRAIN, part, keys, options.resize, options.rules, held_out, low)
 
 
 def _parts(records: Iterator[Record], size: int) -> Iterator[tuple[Record, ...]]:
@@ -307,6 +319,7 @@ def _describe(evaluation_sets: Iterable[Evaluation], shards: Iterable[Shard]) ->
 
 
 def _recorded(options: Options, reading: ReadOptions) -> dict[str, Any]:
-    recorded = dataclasses.asdict(options) | dataclasses.asdict(reading)
+    recorded = dataclasses.asdict(dataclasses.replace(options, low=None)) | dataclasses.asdict(reading)
     del recorded["executor"], recorded["workers"], recorded["spill"]  # the bytes do not depend on them
-    return recorded
+    del recorded["low"]
+    return recorded | ({"scores": options.low.summary()} if options.low else {})

@@ -66,6 +66,15 @@ def clean(text: str) -> str:
     return result
 
 
+def clean_text(text: str, rules: TextRules) -> str:
+    """A text as shards hold it.
+
+    Raises:
+        BadText: see `clean`.
+    """
+    return clean(scrub(text, Counter()) if rules.scrub else text)
+
+
 def clean_texts(record: Record, rules: TextRules) -> Texts:
     """Clean a record's captions and, for training, make statements of its questions."""
     result = Texts()

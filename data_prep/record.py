@@ -72,3 +72,8 @@ class Record:
     def ids(self) -> tuple[str, ...]:
         """Every id by which this photo may be known elsewhere."""
         return (self.image_id, *self.also_known_as)
+
+
+def sample_id(tar: Path, key: str, about: Mapping[str, Any]) -> str:
+    """The image id of a sample in another tool's tar: the one in its `json`, else one of where it lies."""
+    return str(about.get("image_id") or f"webdataset:{tar.stem}/{key}")

@@ -23,6 +23,7 @@ from data_prep.leakage import HeldOut
 from data_prep.locations import appearing, read_bytes
 from data_prep.manifest import Shard, sha256, table_of, write_atomically
 from data_prep.record import TRAIN, Record
+from data_prep.scores import without
 
 # Where the tasks' results lie while a build is under way.
 BUILD = ".build"
@@ -41,6 +42,7 @@ class Task:
         resize: see `data_prep.images.prepare`.
         rules: of its texts.
         held_out: sha256 of the images that this shard must not contain (in BUILD/HELD_OUT); empty where there are none.
+        low: for each record the texts that fit it too little, see `data_prep.scores`; empty where there are none.
     """
 
     out: Path
@@ -51,6 +53,7 @@ class Task:
     resize: int | None
     rules: TextRules
     held_out: str = ""
+    low: tuple[frozenset[str], ...] = ()
 
     @property
     def result(self) -> Path:
@@ -59,7 +62,8 @@ class Task:
     def identity(self) -> str:
         """The hash of all that decides the shard's bytes but the image files."""
         content = (self.tar, self.split, self.records, self.keys, self.resize, self.rules, self.held_out)
-        return hashlib.sha256(repr(content).encode("utf-8", "surrogatepass")).hexdigest()
+        low = [list(map(sorted, self.low))] if any(self.low) else []
+        return hashlib.sha256(repr((*content, *low)).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -102,8 +106,9 @@ def make(task: Task) -> Made:
     held_out = _held_out(task.out / BUILD / HELD_OUT, task.held_out) if task.held_out else HeldOut()
     with appearing(path) as file:
         with tarfile.open(fileobj=file, mode="w|") as tar:
-            for key, record in zip(task.keys, task.records, strict=True):
-                cleaned = clean_texts(record, task.rules)
+            lows = task.low or (frozenset[str](),) * len(task.records)
+            for key, record, low in zip(task.keys, task.records, lows, strict=True):
+                cleaned = without(clean_texts(record, task.rules), low)
                 scrubbed.update(cleaned.scrubbed)
                 for reason, text in cleaned.dropped:
                     drop(record, reason, text[:200])

@@ -41,6 +41,19 @@ DATA_HELP = (
 )
 AverageOption = Annotated[bool, typer.Option("--average", help="Use the moving average of the weights (optim.ema).")]
 StepOption = Annotated[int | None, typer.Option(help="Checkpoint to use, by its step; by default the newest.")]
+TransformOption = Annotated[
+    str,
+    typer.Option(
+        help="How images are read: exact, with open_clip's own pixels, or fast, which differ by rounding.",
+        metavar="exact|fast",
+    ),
+]
+DataOption = Annotated[
+    str, typer.Option(help="A sharded dataset, or the tars of another tool: a folder or a pattern.", metavar="DATA")
+]
+SplitOption = Annotated[
+    str, typer.Option("--split", "--set", help="train, or the name of an evaluation set.", metavar="NAME")
+]
 
 
 @app.command()
@@ -111,13 +124,7 @@ def evaluate(
     ] = None,
     step: StepOption = None,
     average: AverageOption = False,
-    transform: Annotated[
-        str,
-        typer.Option(
-            help="How images are read: exact, with open_clip's own pixels, or fast, which differ by rounding.",
-            metavar="exact|fast",
-        ),
-    ] = "exact",
+    transform: TransformOption = "exact",
     out: Annotated[Path | None, typer.Option(help="Where results go; by default RUN/eval/STEP.", metavar="DIR")] = None,
     watch: Annotated[
         bool, typer.Option("--watch", help="Follow the run until it is done: measure each checkpoint as it appears.")
@@ -224,6 +231,77 @@ def compare(
     from pipeline.evaluate import compare as comparison
 
     Console().print(comparison.table(comparison.compare(first, second), (str(first), str(second))))
+
+
+@app.command()
+def embed(
+    model: ModelArgument,
+    data: DataOption,
+    out: Annotated[Path, typer.Option(help="Folder for the embeddings.", metavar="DIR")],
+    split: SplitOption = "train",
+    form: Annotated[str, typer.Option("--format", help="safetensors, or npy.")] = "safetensors",
+    half: Annotated[bool, typer.Option("--half", help="float16 instead of float32.")] = False,
+    step: StepOption = None,
+    average: AverageOption = False,
+    transform: TransformOption = "exact",
+) -> None:
+    """Write the embeddings of a split's images and texts, for other tools.
+
+    embeddings.safetensors (images, texts), or images.npy and texts.npy; items.parquet and texts.parquet say what their
+    rows are. What was cut off goes on. Under torchrun, ranks share the work.
+    """
+    from pipeline.evaluate import embeddings
+
+    embeddings.embed(model, data, split, out, form=form, half=half, step=step, average=average, transform=transform)
+
+
+@app.command()
+def score(
+    model: ModelArgument,
+    data: DataOption,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the scores; by default DATA.scores.", metavar="DIR")
+    ] = None,
+    step: StepOption = None,
+    average: AverageOption = False,
+    transform: TransformOption = "exact",
+) -> None:
+    """Say how well each train caption fits its image, so that noisy pairs can be looked at, and dropped.
+
+    A table a tar, a summary, and a page of the lowest pairs; `python -m data_prep build … --scores DIR --min-score X`
+    leaves low pairs out. What was cut off goes on. Under torchrun, ranks share the work.
+    """
+    from pipeline.evaluate import score as scoring
+
+    scoring.score(model, data, out, step=step, average=average, transform=transform)
+
+
+@app.command()
+def search(
+    model: ModelArgument,
+    query: Annotated[str, typer.Argument(help="What to look for: a text, or the file of an image.", metavar="QUERY")],
+    data: DataOption,
+    split: SplitOption = "train",
+    top: Annotated[int, typer.Option(min=1, help="Matches.")] = 10,
+    html: Annotated[
+        Path | None, typer.Option(help="The page; by default beside the embeddings.", metavar="FILE")
+    ] = None,
+    show: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
+    embeddings: Annotated[
+        Path | None, typer.Option(help="What `embed` wrote; by default the model's own are made, once.", metavar="DIR")
+    ] = None,
+    step: StepOption = None,
+    average: AverageOption = False,
+    transform: TransformOption = "exact",
+) -> None:
+    """Find the images that fit a text best, or the images and captions that fit an image best, and show them."""
+    from pipeline.evaluate import search as searching
+
+    found = searching.search(
+        model, query, data, split, top=top, html=html, kept=embeddings, step=step, average=average, transform=transform
+    )
+    if show:
+        typer.launch(str(found.page))
 
 
 @app.command()

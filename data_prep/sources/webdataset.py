@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from data_prep.locations import open_file
-from data_prep.record import DataError, Record
+from data_prep.record import DataError, Record, sample_id
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 TEXTS = ("txt", "json")
@@ -42,9 +42,8 @@ def read(root: Path, options: object = None) -> Iterator[Record]:
             if not isinstance(span, tuple):
                 continue
             about = _about(tar, key, sample)
-            ids = tuple(dict.fromkeys([str(about.get("image_id") or f"webdataset:{tar.stem}/{key}")]))
             yield Record(
-                image_id=ids[0],
+                image_id=sample_id(tar, key, about),
                 source="webdataset",
                 path=tar,
                 span=span,
