@@ -46,8 +46,9 @@ RUN_FILES = ("config.yaml", "environment.json", "tokenizer/*", "text_tower/*")
 SCHEMES = ("s3://", "gs://")
 # Bytes that are read at a time.
 BLOCK = 64 << 20
-# How long the end of a run waits for a copy, which may be of many GB, or to a server that does not answer.
-PATIENCE_S = 600
+# How long the end of a run waits for a copy, which may be of many GB, or to a server that does not answer; and how long
+# where a stop was asked for, after which a scheduler kills within half a minute.
+PATIENCE_S, STOP_PATIENCE_S = 600, 10
 
 log = logging.getLogger(__name__)
 
@@ -86,12 +87,15 @@ class Copier:
                 self._thread = threading.Thread(target=self._work, name="checkpoint copy", daemon=True)
                 self._thread.start()
 
-    def close(self) -> None:
-        """Wait for what was begun, PATIENCE_S at the most."""
+    def close(self, patience_s: float = PATIENCE_S) -> None:
+        """Wait for what was begun, so many seconds at the most."""
         if thread := self._thread:
-            thread.join(PATIENCE_S)
+            thread.join(patience_s)
             if thread.is_alive():
-                log.warning("%s: the newest checkpoint is not copied after %d s; left so.", self._root, PATIENCE_S)
+                log.warning(
+                    "%s: the newest checkpoint is not copied after %g s; left so until the run goes on.",
+                    *(self._root, patience_s),
+                )
 
     def _work(self) -> None:
         while True:

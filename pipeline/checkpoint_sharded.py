@@ -79,8 +79,13 @@ def save_sharded(
         if _is_main():
             shutil.rmtree(folder, ignore_errors=True)
         raise
-    exchange.from_main(lambda: writer.published(step) if writer else None)
+    exchange.from_main(lambda: _tell(writer, step) if writer else None)
     return folder
+
+
+def _tell(writer: Writer, step: int) -> None:
+    writer.wait()  # it may be at work on the checkpoint that the run went on from
+    writer.published(step)
 
 
 def _publish(folder: Path, state: dict[str, Any]) -> None:

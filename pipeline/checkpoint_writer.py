@@ -6,7 +6,7 @@ import contextlib
 import json
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pipeline import checkpoint as checkpoints
 from pipeline.checkpoint import BEST, MALFORMED, STATE, Checkpoint, folder_name
-from pipeline.checkpoint_copy import Copier
+from pipeline.checkpoint_copy import PATIENCE_S, Copier
 from pipeline.failure import TrainingError
 
 # What the names of figures begin with that are not of the weights but of their moving average.
@@ -41,6 +41,9 @@ class Writer:
         copy_to: folder or address of this run alone that gets a copy of each; empty for none. A copy that fails is
             warned of, and tried again with the next.
 
+    Attributes:
+        patience_s: how long the end of the context waits for a copy.
+
     Raises:
         DataError: `copy_to` is an address that nothing here writes to.
     """
@@ -55,6 +58,12 @@ class Writer:
         self._best: int | None = None
         self._spared: int | None = None
         self._said = False
+        self.patience_s: float = PATIENCE_S
+
+    def resumed(self, step: int) -> None:
+        """Bring the copy up to the checkpoint that a run goes on from, in the background: a stop may have cut it off."""
+        if self._copier:
+            self._writing = self._thread.submit(self._guarded, step, lambda: self.published(step))
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Take a copy of a checkpoint, once the one before is written, and write it in the background.
@@ -66,7 +75,7 @@ class Writer:
         """
         self.wait()
         taken = self._memory.take(checkpoint)
-        self._writing = self._thread.submit(self._write, taken)
+        self._writing = self._thread.submit(self._guarded, checkpoint.step, lambda: self._write(taken))
 
     def published(self, step: int) -> None:
         """Point to the best, remove what is old, and begin to copy, now that a step has been published.
@@ -120,19 +129,22 @@ class Writer:
         finally:
             self._thread.shutdown()
             if self._copier:
-                self._copier.close()
+                self._copier.close(self.patience_s)
                 if self._spared is not None:
                     self._purge()
 
     def _write(self, checkpoint: Checkpoint) -> None:
+        checkpoints.publish(self._run, checkpoint)
+        self.published(checkpoint.step)
+
+    def _guarded(self, step: int, work: Callable[[], None]) -> None:
         run = self._run
         try:
-            checkpoints.publish(run, checkpoint)
-            self.published(checkpoint.step)
+            work()
         except OSError as error:
             left = checkpoints.steps(run)
             raise TrainingError(
-                f"{run / 'checkpoints'}: step {checkpoint.step} could not be saved ({type(error).__name__}: {error}). "
+                f"{run / 'checkpoints'}: step {step} could not be saved ({type(error).__name__}: {error}). "
                 f"Make room or mend the disk; the same command goes on from step {left[0] if left else 0}."
             ) from error
 

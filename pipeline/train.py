@@ -27,6 +27,7 @@ from pipeline import begin, exchange, layers, model, ranks, sharding, tokenizer
 from pipeline.average import WeightAverage
 from pipeline.backward import Contrast, forward_backward, parts_of
 from pipeline.checkpoint import Checkpoint
+from pipeline.checkpoint_copy import STOP_PATIENCE_S
 from pipeline.checkpoint_sharded import load_sharded, save_sharded
 from pipeline.checkpoint_writer import AVERAGED, Writer
 from pipeline.config import OptimConfig, Recipe
@@ -213,6 +214,8 @@ def train(recipe: Recipe, run: Path) -> str:
             keep_best=recipe.checkpoint.keep_best,
             copy_to=recipe.checkpoint.copy_to,
         )
+        if saved:
+            writer.resumed(step)
     accelerator.wait_for_everyone()  # the tracker has cut quarantine.jsonl back before a rank adds to it
 
     # --- Loop
@@ -382,7 +385,11 @@ def train(recipe: Recipe, run: Path) -> str:
                 elif writer:
                     writer.save(Checkpoint(step, towers.state_dict(), optimizer.state_dict(), state, averaged))
                 saved_at = stepped = time.monotonic()
-    accelerator.wait_for_everyone()  # until the last checkpoint is published
+        if writer:
+            writer.wait()
+            if step < total:
+                writer.patience_s = STOP_PATIENCE_S
+        accelerator.wait_for_everyone()  # until the last checkpoint is published; only rank 0 waits for its copy
     return "done" if step >= total else "requeue"
 
 

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -128,6 +129,27 @@ def test_a_sharded_run_goes_on_to_the_bit_and_loads_whole(dataset, recipe, tmp_p
     whole = [trained.load(tmp_path / name).towers.state_dict() for name in ("straight", "resumed")]
     for name, tensor in whole[0].items():
         assert torch.equal(whole[1][name], tensor), name
+
+
+def slow_copy(rank):
+    from pipeline import checkpoint_copy
+
+    inner = checkpoint_copy._put
+
+    def put(*places):
+        time.sleep(2)
+        inner(*places)
+
+    checkpoint_copy._put = put
+
+
+def test_a_copy_that_takes_longer_than_ranks_wait_for_each_other_fails_no_run(dataset, recipe, tmp_path):
+    """Seven files at two seconds each, where a rank waits for five; then again, into a copy of a run that is done."""
+    path, copies = recipe(train={"steps": 2, "timeout_s": 5}), (tmp_path / "copy", tmp_path / "another")
+    arguments = [str(path), str(tmp_path / "run"), "--data", str(dataset)]
+    assert train([*arguments, f"checkpoint.copy_to={copies[0]}"], world=2, before=slow_copy) == 0
+    assert train([*arguments, f"checkpoint.copy_to={copies[1]}"]) == 0
+    assert [checkpoints.steps_in(copy) for copy in copies] == [[2], [2]]
 
 
 @pytest.mark.parametrize(

@@ -457,6 +457,25 @@ def test_a_slow_copy_holds_up_no_save_and_keeps_what_it_reads(run, tmp_path, mon
     assert checkpoints.steps(run) == [5, 4]
 
 
+def test_what_the_end_does_not_wait_for_is_copied_when_the_run_goes_on(run, tmp_path, monkeypatch, caplog):
+    gate, put = threading.Event(), checkpoint_copy._put
+
+    def slow(source, target):
+        assert gate.wait(20)
+        put(source, target)
+
+    monkeypatch.setattr(checkpoint_copy, "_put", slow)
+    with Writer(run, copy_to=str(tmp_path / "copy")) as writer:
+        writer.save(make(1))
+        writer.patience_s = 0.01
+    assert "is not copied after 0.01 s" in caplog.text
+    monkeypatch.setattr(checkpoint_copy, "_put", put)
+    with Writer(run, copy_to=str(tmp_path / "again")) as writer:
+        writer.resumed(1)
+    assert checkpoints.steps_in(tmp_path / "again") == [1]
+    gate.set()
+
+
 def test_a_checkpoint_of_another_run_in_the_copy_is_replaced(run, tmp_path):
     target = tmp_path / "copy"
     with Writer(tmp_path / "other", copy_to=str(target)) as writer:
