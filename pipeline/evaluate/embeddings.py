@@ -22,7 +22,7 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -39,6 +38,7 @@ from data_prep.locations import appearing
 from data_prep.manifest import write_atomically
 from pipeline import exchange, ranks
 from pipeline import trained as loading
+from pipeline.evaluate.arrays import FORMS, Array
 from pipeline.evaluate.pixels import transformed
 from pipeline.evaluate.sets import EvaluationError
 from pipeline.evaluate.splits import Split, embed_part, open_split, shared
@@ -47,7 +47,6 @@ from pipeline.trained import LoadedModel
 log = logging.getLogger(__name__)
 
 SEAL, ITEMS, TEXTS, PARTS = "embeddings.json", "items.parquet", "texts.parquet", ".parts"
-SAFETENSORS = "embeddings.safetensors"
 ARRAYS = ("images", "texts")
 ITEM_COLUMNS = pa.schema(
     {
@@ -61,9 +60,6 @@ ITEM_COLUMNS = pa.schema(
     }
 )
 TEXT_COLUMNS = pa.schema({"caption": pa.string(), "image": pa.int64()})
-
-Array = NDArray[np.floating]
-Write = Callable[[Path, Mapping[str, tuple[int, int]], np.dtype, Callable[[str], Iterator[Array]]], None]
 
 
 def embed(
@@ -117,8 +113,8 @@ def write(
     """
     dtype = np.dtype("float16" if half else "float32")
     about = {
-        **{"model": model.name, "pretrained": model.source, "weights": model.identity},
-        **{"split": split.name, "fingerprint": split.fingerprint, "format": form, "dtype": dtype.name},
+        **{"weights": model.identity, "split": split.name, "fingerprint": split.fingerprint},
+        **{"format": form, "dtype": dtype.name},
     }
     if found := exchange.from_main(lambda: _begin(out, about)):
         return found
@@ -130,7 +126,8 @@ def write(
                 _write_part(model, split, part, out / PARTS / names[part], half)
 
     exchange.together(make)
-    return exchange.from_main(lambda: _join(out, names, {**about, "data": split.address, "samples": split.size}, dtype))
+    said = {"model": model.name, "pretrained": model.source, **about, "data": split.address, "samples": split.size}
+    return exchange.from_main(lambda: _join(out, names, said, dtype))
 
 
 @dataclass(frozen=True)
@@ -155,9 +152,7 @@ class Embeddings:
 
     def array(self, name: str) -> Any:
         """`images` (N, D) or `texts` (M, D): only what is sliced of it is read."""
-        if self.about["format"] == "npy":
-            return np.load(self.folder / f"{name}.npy", mmap_mode="r")
-        return safe_open(str(self.folder / SAFETENSORS), "np").get_slice(name)
+        return FORMS[self.about["format"]].read(self.folder, name)
 
 
 class Rows:
@@ -270,12 +265,13 @@ def _join(out: Path, names: list[str], about: dict[str, Any], dtype: np.dtype) -
             with _opened(part) as file:
                 yield file.get_tensor(name)
 
-    FORMS[about["format"]](out, {name: (count, width) for name, count in rows.items()}, dtype, blocks)
+    FORMS[about["format"]].write(out, {name: (count, width) for name, count in rows.items()}, dtype, blocks)
     _join_tables(out / ITEMS, parts, ITEM_COLUMNS, "text", [rows for rows, _ in shapes["texts"]])
     _join_tables(out / TEXTS, parts, TEXT_COLUMNS, "image", [rows for rows, _ in shapes["images"]])
     about |= {"images": rows["images"], "texts": rows["texts"], "width": width, "left_out": left_out}
     write_atomically(out / SEAL, json.dumps(about, indent=1).encode())
     shutil.rmtree(out / PARTS)
+    log.info("%s: %d images and %d texts, %d wide; %d do not decode", out, *rows.values(), width, len(left_out))
     return about
 
 
@@ -293,36 +289,3 @@ def _join_tables(path: Path, parts: list[Path], columns: pa.Schema, shifted: str
 def _opened(part: Path) -> Iterator[Any]:
     with safe_open(str(part.with_name(f"{part.name}.safetensors")), "np") as file:
         yield file
-
-
-def _write_npy(
-    out: Path, shapes: Mapping[str, tuple[int, int]], dtype: np.dtype, blocks: Callable[[str], Iterator[Array]]
-) -> None:
-    for name, shape in shapes.items():
-        with appearing(out / f"{name}.npy") as file:
-            header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(file, header)
-            for block in blocks(name):
-                file.write(block.tobytes())
-
-
-def _write_safetensors(
-    out: Path, shapes: Mapping[str, tuple[int, int]], dtype: np.dtype, blocks: Callable[[str], Iterator[Array]]
-) -> None:
-    """By hand, since the library wants all tensors in memory (github.com/huggingface/safetensors, "Format")."""
-    begin, header = 0, {}
-    for name, (rows, width) in shapes.items():
-        end = begin + rows * width * dtype.itemsize
-        kind = {"float16": "F16", "float32": "F32"}[dtype.name]
-        header[name] = {"dtype": kind, "shape": [rows, width], "data_offsets": [begin, end]}
-        begin = end
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with appearing(out / SAFETENSORS) as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in shapes:
-            for block in blocks(name):
-                file.write(block.tobytes())
-
-
-FORMS: dict[str, Write] = {"safetensors": _write_safetensors, "npy": _write_npy}
