@@ -217,12 +217,16 @@ def quantiles(histogram: NDArray[np.int64]) -> list[float]:
 
 
 def _shown(split: TrainSplit, rows: list[tuple[int, dict[str, Any]]]) -> Iterator[pictures.Shown]:
-    items: Mapping[int, Any] = {
-        part: {item.key: item for _, item in split.items(part)} for part in {p for p, _ in rows}
+    wanted = {(part, row["key"]) for part, row in rows}
+    items = {
+        (part, item.key): item
+        for part in sorted({part for part, _ in rows})
+        for _, item in split.items(part)
+        if (part, item.key) in wanted
     }
     for part, row in rows:
         place = f"{split.address}/{split.shards[part].name} {row['key']}"
-        yield pictures.Shown(row["similarity"], row["caption"], place, items[part][row["key"]].open())
+        yield pictures.Shown(row["similarity"], row["caption"], place, items[part, row["key"]].open())
 
 
 def _print(found: Mapping[str, Any], folder: Path) -> None:

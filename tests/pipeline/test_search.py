@@ -10,10 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_prep.__main__ import main as prepare
+from data_prep.locations import path_of
 from data_prep.record import DataError
 from pipeline import trained as loading
 from pipeline.__main__ import main
 from pipeline.evaluate import embeddings, search
+from pipeline.evaluate.score import score
 from pipeline.evaluate.search import nearest
 from tests.data_prep.layouts import tree
 from tests.pipeline import colors
@@ -110,6 +112,19 @@ def test_images_without_captions_are_found_too(known, tmp_path):
     found = search.search("any", str(tmp_path / "query.png"), str(tmp_path / "tars"), "train")
     assert [(match.key, match.caption) for match in found.images] == [("a", ""), ("b", "")]
     assert found.texts == []
+
+
+def test_tars_behind_an_address_are_searched_and_scored_as_they_lie(known, tmp_path, bucket):
+    for tar in (known / "train").glob("*.tar"):
+        path_of(f"{bucket}/tars/{tar.name}").write_bytes(tar.read_bytes())
+    there, here = (search.search("any", "green", data, "train") for data in (f"{bucket}/tars", str(known)))
+    assert [(match.score, match.key) for match in there.images] == [(match.score, match.key) for match in here.images]
+    assert there.images[0].place.startswith(f"{bucket}/tars/0000")
+    pages = [found.page.read_text().partition('<div class="grid">')[2] for found in (there, here)]
+    assert len({page.replace(f"{bucket}/tars", f"{known}/train") for page in pages}) == 1
+    with pytest.raises(DataError, match="--out FOLDER"):
+        score("any", f"{bucket}/tars")
+    assert score("any", f"{bucket}/tars", tmp_path / "scores")["pairs"] == 62
 
 
 @given(
