@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pipeline import checkpoint as checkpoints
-from pipeline.checkpoint import BEST, MALFORMED, STATE, Checkpoint, folder_name
+from pipeline.checkpoint import BEST, KEEP_AT_LEAST, MALFORMED, STATE, Checkpoint, folder_name
 from pipeline.checkpoint_copy import PATIENCE_S, Copier
 from pipeline.failure import TrainingError
 
@@ -61,7 +61,7 @@ class Writer:
         self.patience_s: float = PATIENCE_S
 
     def resumed(self, step: int) -> None:
-        """Bring the copy up to the checkpoint that a run goes on from, in the background: a stop may have cut it off."""
+        """Bring the copy up to the checkpoint that a run goes on from, in the background: a stop may cut one off."""
         if self._copier:
             self._writing = self._thread.submit(self._guarded, step, lambda: self.published(step))
 
@@ -89,8 +89,9 @@ class Writer:
         self._best = self._point_to_best() if self._keep_best else None
         self._purge()
         if self._copier:
-            present = [step for step in checkpoints.steps(self._run) if self._whole.get(step)]
-            self._copier.copy(present, self._best)
+            whole = [step for step in checkpoints.steps(self._run) if self._whole.get(step)]
+            newest = whole[: max(self._keep, KEEP_AT_LEAST)]  # what is spared while it is read does not stay
+            self._copier.copy([step for step in whole if step in newest or step == self._best], self._best)
 
     def check(self) -> None:
         """Raise what a save that has ended failed with; nothing is waited for.
