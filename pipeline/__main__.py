@@ -18,7 +18,7 @@ import typer
 
 from data_prep.locations import UnreachableError
 from data_prep.record import DataError
-from pipeline.failure import TrainingError
+from pipeline.failure import Failure
 
 DONE, FAILED, USER_MUST_ACT, REQUEUE = 0, 1, 2, 75
 
@@ -308,30 +308,62 @@ def search(
 def export(
     run: RunArgument,
     formats: Annotated[
-        list[str] | None, typer.Option("--format", help="A format to write; repeat for several. Known: open_clip.")
+        list[str] | None,
+        typer.Option(
+            "--format", help="open_clip (the default), huggingface, onnx or torch_export; repeat for several."
+        ),
     ] = None,
     step: StepOption = None,
+    best: Annotated[bool, typer.Option("--best", help="The checkpoint that checkpoint.keep_best kept.")] = False,
+    average: AverageOption = False,
+    license: Annotated[
+        str, typer.Option(help="Licence of the weights, for the model card, as hubs name it: apache-2.0, other …")
+    ] = "unknown",
 ) -> None:
     """Write a checkpoint as other tools read it, and publish it only once it gives the same embeddings.
 
-    Writes RUN/export/FORMAT/ and RUN/export/parity.json.
+    Writes RUN/export/FORMAT/, each with a model card, and RUN/export/parity.json. Exit code 1 where a format is not equal
+    to the checkpoint, 2 where it cannot hold this model; what was there before stays, and other formats are written.
     """
     from pipeline.export.run import export as run_export
 
-    run_export(run, formats=formats or ["open_clip"], step=step)
+    run_export(run, formats=formats or ["open_clip"], step=step, best=best, average=average, license=license)
+
+
+@app.command()
+def push(
+    run: RunArgument,
+    form: Annotated[str, typer.Argument(help="An exported format.", metavar="FORMAT")],
+    repo: Annotated[str, typer.Argument(help="OWNER/NAME on the Hugging Face hub.", metavar="REPO")],
+    public: Annotated[bool, typer.Option("--public", help="A repository that is made is for everyone to see.")] = False,
+) -> None:
+    """Upload an export to the Hugging Face hub, its model card too; nothing else here ever uploads a model.
+
+    The token is HF_TOKEN's, or the one that `hf auth login` keeps.
+    """
+    from pipeline.export.push import push as upload
+
+    typer.echo(upload(run, form, repo, public=public))
 
 
 @app.command()
 def report(
     run: RunArgument,
     data: Annotated[
-        Path | None, typer.Option(help="A dataset from which retrieval examples are shown.", metavar="DIR")
+        Path | None, typer.Option(help="A dataset whose counts and pictures are shown.", metavar="DIR")
+    ] = None,
+    pairs: Annotated[
+        list[str] | None,
+        typer.Option("--pair", help="Key of an image whose words are shown; repeat for several.", metavar="KEY"),
     ] = None,
 ) -> None:
-    """Write RUN/report.html: curves, tables and retrieval examples on one page that needs no network."""
+    """Write RUN/report.html: curves, tables and pictures on one page that needs no network.
+
+    Pictures are the best and worst retrievals, confused classes, and where the words of a caption are seen.
+    """
     from pipeline.report import write_report
 
-    write_report(run, data)
+    write_report(run, data, pairs or ())
 
 
 @app.command("plan-memory")
@@ -389,7 +421,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
         app(argv)
-    except (DataError, TrainingError) as error:
+    except (DataError, Failure) as error:
         typer.echo(f"error: {error}", err=True)
         return _code(error)
     except SystemExit as exit_:
