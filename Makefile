@@ -11,7 +11,7 @@ RECIPE ?= demo
 FORMATS ?= open_clip
 CLUSTER ?= local
 PROCESSES ?= 1
-BENCH ?= preparation loading remote plan loss trainer learning
+BENCH ?= preparation loading remote plan loss trainer evaluation learning
 # Those that make their own data.
 BENCH_ALONE := plan loss learning
 
@@ -60,7 +60,7 @@ evaluate: $(STAMP) ## checkpoint → figures with intervals: RUN=dir DATA=dir
 	$(call need,DATA,RUN=dir DATA=dir)$(call need,RUN,RUN=dir DATA=dir)
 	$(BIN)/python -m pipeline evaluate "$(RUN)" --data "$(DATA)" $(ARGS)
 
-export: $(STAMP) ## checkpoint → other tools' formats, proven equal: RUN=dir FORMATS="open_clip"
+export: $(STAMP) ## checkpoint → other tools' formats, proven equal: RUN=dir FORMATS="open_clip huggingface onnx torch_export"
 	$(call need,RUN,RUN=dir)
 	$(BIN)/python -m pipeline export "$(RUN)" $(addprefix --format ,$(FORMATS)) $(ARGS)
 
@@ -89,7 +89,7 @@ $(PEERS)/.installed: tests/peers.txt $(STAMP)
 	  $(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$$site/venv.pth"; touch "$$site/wandb.py"
 	@touch $@
 
-bench: $(STAMP) ## measure beside other tools: BENCH="preparation loading remote plan loss trainer learning" PHOTOS=dir
+bench: $(STAMP) ## measure beside other tools: BENCH="preparation loading remote plan loss trainer evaluation learning" PHOTOS=dir
 	$(if $(filter-out $(BENCH_ALONE),$(BENCH)),$(call need,PHOTOS,PHOTOS=dir))
 	set -e; for name in $(BENCH); do case " $(BENCH_ALONE) " in (*" $$name "*) photos=();; (*) photos=(--photos "$(PHOTOS)");; esac; $(BIN)/python -m tests.benchmarks.$$name "$${photos[@]}" $(ARGS); done
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from pipeline.evaluate.result import Result
-from pipeline.evaluate.statistics import Sampled, group_intervals
+from pipeline.evaluate.statistics import Sampled, group_intervals, tie_ranges
 from pipeline.evaluate.ties import hit_share, scores
 
 TASK = "zeroshot_classification"
@@ -88,7 +88,12 @@ def of_scores(block_BK: Iterable[Tensor], labels: Sequence[int], names: Sequence
     chance = {f"acc{k}": min(1.0, k / classes) for k in CUTOFFS} | {"mean_per_class_recall": 1 / classes}
 
     def describe() -> dict[str, Any]:
-        return {"classes": _each_class(by_class, names, label_N), "confusion": _confusion(label_N, answers.first_N)}
+        shared = {name: sampled[name] for name in ("acc1", "acc5", "mean_per_class_recall")}
+        return {
+            "ties": tie_ranges(shared),
+            "classes": _each_class(by_class, names, label_N),
+            "confusion": _confusion(label_N, answers.first_N),
+        }
 
     return Result(TASK, images, sampled, chance, describe)
 

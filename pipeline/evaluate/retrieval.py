@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.evaluate.result import Result
-from pipeline.evaluate.statistics import Sampled
+from pipeline.evaluate.statistics import Sampled, tie_ranges
 from pipeline.evaluate.ties import hit_share, scores
 
 TASK = "zeroshot_retrieval"
@@ -26,7 +26,7 @@ BLOCK = 1024
 
 
 def measure(image_ND: Tensor, text_MD: Tensor, owners: Sequence[int], *, folds: int = 1) -> Result:
-    """Recall at 1, 5 and 10 and the median rank, both ways; ties are shared (see ties.py).
+    """Recall at 1, 5 and 10 and the median rank, both ways; ties are shared (see ties.py), and described.
 
     Args:
         image_ND: unit-norm.
@@ -52,7 +52,8 @@ def measure(image_ND: Tensor, text_MD: Tensor, owners: Sequence[int], *, folds: 
         name, rank_M = f"{way}_median_rank", torch.cat([one.ranks() for one in found])
         sampled[name] = Sampled.of(rank_M, images=images, statistic="median")
     chance["image_retrieval_median_rank"] = (size + 1) / 2
-    return Result(TASK, size * folds, sampled, chance)
+    recalls = {name: figure for name, figure in sampled.items() if figure.statistic == "mean"}
+    return Result(TASK, size * folds, sampled, chance, lambda: {"ties": tie_ranges(recalls)})
 
 
 class Standing(NamedTuple):

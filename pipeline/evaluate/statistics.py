@@ -6,7 +6,7 @@ Shapes: N images, M rows, G groups, R resamples.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -109,6 +109,22 @@ class Sampled:
             return float("nan")
         middle = np.searchsorted(until_M, [(until_M[-1] + 1) // 2, until_M[-1] // 2 + 1])
         return float(self.values[self._order[middle]].mean())
+
+
+def tie_ranges(figures: Mapping[str, Sampled]) -> dict[str, Interval]:
+    """Figure → (low, high): what it would be were every tie lost, and won; of figures that ties decide in part.
+
+    A program that breaks ties by the order of the answers, as CLIP_benchmark does, gives some value between them.
+
+    Args:
+        figures: means of hits: 1, 0, or the share that ties leave (see ties.py).
+    """
+    found = {}
+    for name, figure in figures.items():
+        low, high = (replace(figure, values=bound(figure.values)).figure() for bound in (np.floor, np.ceil))
+        if low < high:
+            found[name] = (low, high)
+    return found
 
 
 def resampled(figures: Mapping[str, Sampled], images: int, *, seed: int = 0) -> dict[str, Floats]:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.evaluate import statistics
-from pipeline.evaluate.statistics import Sampled, group_intervals, intervals, percentiles, resampled
+from pipeline.evaluate.statistics import Sampled, group_intervals, intervals, percentiles, resampled, tie_ranges
 
 
 def interval(values, images=None, seed=0, **options):
@@ -110,3 +110,14 @@ def test_two_models_are_drawn_alike():
     assert 0 < low < 0.08 < high
     apart = percentiles(resampled({"it": Sampled.of(better)}, 100, seed=1)["it"] - one)
     assert apart[0] < 0 < apart[1]
+
+
+def test_ties_lost_and_ties_won():
+    """Two images; of the first a third of a hit and a whole one, of the second a half."""
+    rows = [1 / 3, 1, 0.5, 0]
+    figures = {
+        "plain": Sampled.of(rows, images=[0, 0, 1, 1]),
+        "by class": Sampled.of(rows, groups=[0, 1, 1, 1]),
+        "without ties": Sampled.of([1, 0, 1]),
+    }
+    assert tie_ranges(figures) == {"plain": (1 / 4, 3 / 4), "by class": ((0 + 1 / 3) / 2, (1 + 2 / 3) / 2)}
