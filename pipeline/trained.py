@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pipeline import checkpoint as checkpoints
 from pipeline import config, model, tokenizer
+from pipeline.checkpoint_writer import AVERAGED
 from pipeline.model import ModelError
 
 FOLDER_CONFIG = "open_clip_config.json"
@@ -108,6 +109,26 @@ def load_any(
     )
 
 
+def best(run: Path) -> tuple[int, bool, str]:
+    """The checkpoint that a run's BEST names: its step, whether its average is what was best, and by which figure.
+
+    Raises:
+        CheckpointError: none is named, or one that is not there.
+    """
+    path = run / "checkpoints" / checkpoints.BEST
+    figure = config.load_file(run / "config.yaml").checkpoint.keep_best
+    if not figure or not path.is_file():
+        raise checkpoints.CheckpointError(
+            f"{path}: the best checkpoint was asked for and none is named (checkpoint.keep_best is {figure!r}). Set it "
+            "to a figure, such as SET/acc1, when training; or choose a checkpoint by its step."
+        )
+    named = path.read_text(encoding="utf-8")
+    found = next((step for step in checkpoints.steps(run) if checkpoints.folder_name(step) == named), None)
+    if found is None:
+        raise checkpoints.CheckpointError(f"{path}: names {named!r}, and there is no such checkpoint beside it.")
+    return found, figure.startswith(AVERAGED), figure
+
+
 def load(
     run: Path, step: int | None = None, device: torch.device | str = "cpu", *, average: bool = False
 ) -> TrainedModel:
@@ -195,4 +216,5 @@ def _of_open_clip(name: str, pretrained: str | None, device: torch.device | str)
 
 
 def _sha256s(folder: Path) -> dict[str, str]:
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("*"))}
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}

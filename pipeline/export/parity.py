@@ -1,4 +1,7 @@
-"""Is an export equal to its checkpoint? Asked of the other library, in a fresh process, on real inputs."""
+"""Is an export equal to its checkpoint? Asked of the other library, in a fresh process, on real inputs.
+
+B = images or texts, D = embedding width, L = context length, S = pixels of a side, Q = queries, N = what is ranked.
+"""
 
 from __future__ import annotations
 
@@ -8,19 +11,20 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
-from safetensors.torch import load_file
 
 from data_prep import manifest
 from data_prep.record import TRAIN, DataError
 from pipeline.evaluate import sets
-from pipeline.export.huggingface_tokenizer import ExportError
+from pipeline.failure import ParityError
 from pipeline.trained import TrainedModel
 
 log = logging.getLogger(__name__)
@@ -71,49 +75,92 @@ def compare(trained: TrainedModel, folder: Path, script: Path, inputs: Inputs) -
     Args:
         trained: the checkpoint.
         folder: the export.
-        script: loads the export with its own library, as `reload_open_clip.py` does.
+        script: `python SCRIPT FOLDER INPUTS` loads the export with its own library only. INPUTS holds texts.json and
+            images 0000.png, 0001.png …, and, for formats without a preprocessing of their own, what ours makes of
+            them: pixels.npy (B, 3, S, S) and tokens.npy (B, L). It writes INPUTS/embeddings.npz with `images` and
+            `texts`, unit-norm float32 (B, D), and, where it tokenized the texts itself, `tokens`.
 
     Returns:
-        max_abs over both towers' unit-norm float32 embeddings, and by tower; how many token ids differ.
+        The figures of `measure`, and what they are of.
 
     Raises:
-        ExportError: the other library cannot load the export; its message is quoted.
+        ParityError: the other library cannot load the export; its message is quoted.
     """
+    with torch.inference_mode():
+        pixel_BCSS = torch.stack([trained.preprocess(image) for image in inputs.images])
+        token_BL = trained.tokenize(inputs.texts)
+        ours = {
+            "images": trained.towers.encode_image(pixel_BCSS, normalize=True).numpy(),
+            "texts": trained.towers.encode_text(token_BL, normalize=True).numpy(),
+            "tokens": token_BL.numpy(),
+        }
     with tempfile.TemporaryDirectory() as temporary:
         exchange = Path(temporary)
         for number, image in enumerate(inputs.images):
             image.save(exchange / f"{number:04d}.png")
         (exchange / "texts.json").write_text(json.dumps(inputs.texts), encoding="utf-8")
+        np.save(exchange / "pixels.npy", pixel_BCSS.numpy())
+        np.save(exchange / "tokens.npy", ours["tokens"])
         # -P: the script's own folder has an open_clip.py that is not the library
-        command = [sys.executable, "-P", str(script), str(folder.resolve()), str(exchange)]
+        command = [sys.executable, "-P", str(script.resolve()), str(folder.resolve()), str(exchange)]
         offline = {**os.environ, "HF_HUB_OFFLINE": "1"}
         done = subprocess.run(command, capture_output=True, text=True, cwd=temporary, env=offline)
         if done.returncode:
-            raise ExportError(f"{folder}: its own library does not load it: {done.stderr.strip().splitlines()[-1]}")
-        theirs = load_file(exchange / "embeddings.safetensors")
-    with torch.inference_mode():
-        image_BCSS = torch.stack([trained.preprocess(image) for image in inputs.images])
-        token_BL = trained.tokenize(inputs.texts)
-        ours = {
-            "images": trained.towers.encode_image(image_BCSS, normalize=True),
-            "texts": trained.towers.encode_text(token_BL, normalize=True),
-        }
-    theirs_BL = theirs["tokens"]
-    same_shape = theirs_BL.shape == token_BL.shape
-    differing = int((token_BL != theirs_BL).sum()) if same_shape else token_BL.numel()
-    # Not max(): a difference that is not a number must not pass for a small one.
-    apart = {name: float((ours[name] - theirs[name]).abs().amax()) for name in ours}
+            said = done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"]
+            raise ParityError(f"{folder}: its own library does not load it: {said[-1]}")
+        with np.load(exchange / "embeddings.npz") as file:
+            theirs = dict(file)
+    about = {"images": len(inputs.images), "texts": len(inputs.texts), "inputs": inputs.origin}
+    return measure(ours, theirs) | about
+
+
+def measure(ours: Mapping[str, NDArray[Any]], theirs: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
+    """How far apart embeddings are, and what they find.
+
+    Args:
+        ours: `images` and `texts`, unit-norm (B, D), and `tokens` (B, L).
+        theirs: the same; without `tokens` where it was given ours.
+
+    Returns:
+        max_abs over both, and of each; reordered_texts and reordered_images (see `reordered`), of those that each
+        image and each text finds; differing_tokens, how many ids differ, None where none were made.
+    """
+    apart = {name: _largest(ours[name], theirs[name]) for name in ("images", "texts")}
+    if apart["images"] < np.inf and apart["texts"] < np.inf:
+        ours_IT, theirs_IT = (one["images"].astype(np.float64) @ one["texts"].T for one in (ours, theirs))
+        orders = {"texts": reordered(ours_IT, theirs_IT), "images": reordered(ours_IT.T, theirs_IT.T)}
+    else:
+        orders = {"texts": ours["texts"].shape[0], "images": ours["images"].shape[0]}
     return {
+        # Not max(): a difference that is not a number must not pass for a small one.
         "max_abs": float(np.max(list(apart.values()))),
-        "max_abs_images": apart["images"],
-        "max_abs_texts": apart["texts"],
-        "differing_tokens": differing,
-        "images": len(inputs.images),
-        "texts": len(inputs.texts),
-        "inputs": inputs.origin,
+        **{f"max_abs_{name}": value for name, value in apart.items()},
+        **{f"reordered_{name}": value for name, value in orders.items()},
+        "differing_tokens": _differing(ours["tokens"], theirs["tokens"]) if "tokens" in theirs else None,
     }
 
 
-def is_equal(figures: dict[str, Any]) -> bool:
+def reordered(ours_QN: NDArray[Any], theirs_QN: NDArray[Any]) -> int:
+    """How many of N stand, in any of Q rankings, behind one that they lead by more than the tolerance.
+
+    Args:
+        ours_QN: similarities, by which they lead.
+        theirs_QN: those that rank them.
+    """
+    ranked_QN = np.take_along_axis(ours_QN, np.argsort(-theirs_QN, axis=1, kind="stable"), axis=1)
+    return int((ranked_QN - np.minimum.accumulate(ranked_QN, axis=1) > TOLERANCE).sum())
+
+
+def is_equal(figures: Mapping[str, Any]) -> bool:
     """Whether an export may be published."""
-    return bool(figures["max_abs"] <= TOLERANCE and figures["differing_tokens"] == 0)
+    counted = (figures["reordered_texts"], figures["reordered_images"], figures["differing_tokens"] or 0)
+    largest = figures["max_abs"], figures.get("max_abs_pixels", 0.0)
+    return all(value <= TOLERANCE for value in largest) and not any(counted)
+
+
+def _largest(ours_BD: NDArray[Any], theirs_BD: NDArray[Any]) -> float:
+    return float(np.abs(ours_BD - theirs_BD).max()) if ours_BD.shape == theirs_BD.shape else np.inf
+
+
+def _differing(ours_BL: NDArray[Any], theirs_BL: NDArray[Any]) -> int:
+    return int((ours_BL != theirs_BL).sum()) if ours_BL.shape == theirs_BL.shape else ours_BL.size

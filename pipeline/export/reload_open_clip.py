@@ -1,17 +1,16 @@
 """Loads an exported folder as any user would, and embeds what lies in another: python FILE FOLDER INPUTS.
 
-Run as a script in a process of its own, so that nothing of this pipeline is loaded: what it prints is open_clip's.
-INPUTS holds texts.json and images 0000.png, 0001.png …; embeddings.safetensors is written beside them.
+Run as a script in a process of its own, so that nothing of this pipeline is loaded: what comes out is open_clip's.
 """
 
 import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import open_clip
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 
 
 def main(folder: Path, inputs: Path) -> None:
@@ -27,7 +26,7 @@ def main(folder: Path, inputs: Path) -> None:
             "texts": model.encode_text(tokens, normalize=True),
             "tokens": tokens,
         }
-    save_file({name: tensor.contiguous() for name, tensor in found.items()}, inputs / "embeddings.safetensors")
+    np.savez(inputs / "embeddings.npz", **{name: tensor.numpy() for name, tensor in found.items()})
 
 
 if __name__ == "__main__":

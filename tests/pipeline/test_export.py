@@ -17,6 +17,7 @@ from pipeline.export import open_clip as writer
 from pipeline.export import parity
 from pipeline.export import run as exporting
 from pipeline.export.huggingface_tokenizer import ExportError
+from pipeline.failure import ParityError
 from pipeline.model import ModelError
 from pipeline.tokenizer import SentencePieceTokenizer, TokenizerError, load
 
@@ -99,30 +100,24 @@ def test_a_normalisation_of_the_run_s_own_is_the_same_in_open_clip(tmp_path):
 
 
 def test_what_differs_is_not_published(tmp_path, vocabulary, monkeypatch):
-    """One weight changed on the way out: a hundredth in one number of the text tower. The former export stays."""
+    """One weight changed on the way out: a thousandth in one number of the text tower. The former export stays."""
     run = make_run(tmp_path / "run", VIT, {**TEXT, **EOS_POOL}, "sentencepiece", vocabulary)
     former = run / "export" / "open_clip" / "former"
     former.mkdir(parents=True)
 
     def write(trained, folder):
         before = trained.towers.text_projection.detach().clone()
-        trained.towers.text_projection.data[0, 0] += 0.01
+        trained.towers.text_projection.data[0, 0] += 1e-3
         writer.write(trained, folder)
         trained.towers.text_projection.data.copy_(before)
 
     monkeypatch.setitem(exporting.FORMATS, "open_clip", exporting.FORMATS["open_clip"]._replace(write=write))
-    with pytest.raises(ExportError, match="was not written"):
+    with pytest.raises(ParityError, match="was not written"):
         exporting.export(run, formats=["open_clip"])
     assert [path.relative_to(run).as_posix() for path in sorted((run / "export").rglob("*"))] == [
         "export/open_clip",
         "export/open_clip/former",
     ]
-
-
-def test_a_difference_that_is_not_a_number_is_not_equal():
-    assert not parity.is_equal({"max_abs": float("nan"), "differing_tokens": 0})
-    assert not parity.is_equal({"max_abs": 0.0, "differing_tokens": 1})
-    assert parity.is_equal({"max_abs": 1e-6, "differing_tokens": 0})
 
 
 ODD = [
