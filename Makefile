@@ -11,7 +11,7 @@ RECIPE ?= demo
 FORMATS ?= open_clip
 CLUSTER ?= local
 PROCESSES ?= 1
-BENCH ?= preparation loading remote plan loss trainer learning
+BENCH ?= preparation loading remote plan loss trainer evaluation learning
 # Those that make their own data.
 BENCH_ALONE := plan loss learning
 
@@ -89,7 +89,7 @@ $(PEERS)/.installed: tests/peers.txt $(STAMP)
 	  $(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$$site/venv.pth"; touch "$$site/wandb.py"
 	@touch $@
 
-bench: $(STAMP) ## measure beside other tools: BENCH="preparation loading remote plan loss trainer learning" PHOTOS=dir
+bench: $(STAMP) ## measure beside other tools: BENCH="preparation loading remote plan loss trainer evaluation learning" PHOTOS=dir
 	$(if $(filter-out $(BENCH_ALONE),$(BENCH)),$(call need,PHOTOS,PHOTOS=dir))
 	set -e; for name in $(BENCH); do case " $(BENCH_ALONE) " in (*" $$name "*) photos=();; (*) photos=(--photos "$(PHOTOS)");; esac; $(BIN)/python -m tests.benchmarks.$$name "$${photos[@]}" $(ARGS); done
 
