@@ -79,10 +79,10 @@ def test_both_are_measured_and_training_goes_on_as_without(start, measured, worl
     one = run if world == 1 else start("one", *watched)
     found = figures(run)
     for line, expected in zip(found, figures(one), strict=True):
-        assert line == pytest.approx(expected, rel=1e-6)
+        assert line == pytest.approx(expected, rel=1e-6, abs=1e-6)
     for prefix, file in (("", "model.safetensors"), ("ema/", "ema.safetensors")):
         for name, value in measure(one, measured, file).items():
-            assert found[-1][f"{prefix}{name}"] == pytest.approx(value, rel=1e-5), name
+            assert found[-1][f"{prefix}{name}"] == pytest.approx(value, rel=1e-5, abs=1e-6), name
     assert found[-1]["ema/small_test/loss"] != pytest.approx(found[-1]["small_test/loss"], rel=1e-3)
     best = min(found, key=lambda line: (line["ema/small_test/loss"], -line["step"]))["step"]
     assert (run / "checkpoints" / "BEST").read_text() == f"step-{best:08d}"
@@ -95,7 +95,7 @@ def test_several_ranks_measure_with_the_batch_statistics_that_are_saved(start, m
     run = start("run", config, "evaluate.every_steps=4", f"evaluate.data={measured}", world=2)
     for prefix, file in (("", "model.safetensors"), ("ema/", "ema.safetensors")):
         for name, value in measure(run, measured, file).items():
-            assert figures(run)[-1][f"{prefix}{name}"] == pytest.approx(value, rel=1e-5), name
+            assert figures(run)[-1][f"{prefix}{name}"] == pytest.approx(value, rel=1e-5, abs=1e-6), name
 
 
 @pytest.mark.parametrize(("world", "settings"), [(1, []), (2, ["train.sharding=fsdp2"])])
