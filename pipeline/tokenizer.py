@@ -90,9 +90,9 @@ class OpenClipTokenizer:
     def __post_init__(self) -> None:
         from open_clip.tokenizer import SimpleTokenizer
 
-        self._simple = SimpleTokenizer(context_length=self.context_length)
-        self.vocab_size: int = self._simple.vocab_size
-        self._start, self.end_id = self._simple.all_special_ids[:2]
+        self.simple = SimpleTokenizer(context_length=self.context_length)
+        self.vocab_size: int = self.simple.vocab_size
+        self._start, self.end_id = self.simple.all_special_ids[:2]
         self.pad_id = 0
         self._ids: dict[str, list[int]] = {}
 
@@ -103,16 +103,16 @@ class OpenClipTokenizer:
     def _encode(self, text: str) -> list[int]:
         """SimpleTokenizer's ids, word by word, so that a word that has been seen costs a look-up."""
         ids: list[int] = []
-        for word in self._simple.pat.findall(cleaned(text, self._simple.clean_fn).lower()):
+        for word in self.simple.pat.findall(cleaned(text, self.simple.clean_fn).lower()):
             ids += self._ids.get(word) or self._ids_of(word)
         return ids
 
     def _ids_of(self, word: str) -> list[int]:
         if len(self._ids) >= REMEMBERED:
             self._ids.clear()
-            self._simple.cache.clear()  # it would grow for as long as there are new words
-        letters = "".join(self._simple.byte_encoder[byte] for byte in word.encode("utf-8"))
-        self._ids[word] = [self._simple.encoder[piece] for piece in self._simple.bpe(letters).split(" ")]
+            self.simple.cache.clear()  # it would grow for as long as there are new words
+        letters = "".join(self.simple.byte_encoder[byte] for byte in word.encode("utf-8"))
+        self._ids[word] = [self.simple.encoder[piece] for piece in self.simple.bpe(letters).split(" ")]
         return self._ids[word]
 
 
@@ -127,19 +127,19 @@ class HuggingFaceTokenizer:
         from open_clip.tokenizer import get_clean_fn
 
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it tells of forked loader processes otherwise
-        self._theirs = _from_huggingface(str(self.path))
-        if self._theirs.pad_token_id is None:
+        self.theirs = _from_huggingface(str(self.path))
+        if self.theirs.pad_token_id is None:
             raise TokenizerError(f"{self.path}: has no token to pad with. Choose another tokenizer.path.")
-        self.vocab_size: int = len(self._theirs)
-        ends = self._theirs.sep_token_id, self._theirs.eos_token_id
+        self.vocab_size: int = len(self.theirs)
+        ends = self.theirs.sep_token_id, self.theirs.eos_token_id
         self.end_id: int | None = next((end for end in ends if end is not None), None)
-        self.pad_id: int = self._theirs.pad_token_id
+        self.pad_id: int = self.theirs.pad_token_id
         self._clean = get_clean_fn("whitespace")
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         clean = [cleaned(text, self._clean) for text in texts]
         limits = {"max_length": self.context_length, "padding": "max_length", "truncation": True}
-        ids: Tensor = self._theirs(clean, return_tensors="pt", **limits).input_ids
+        ids: Tensor = self.theirs(clean, return_tensors="pt", **limits).input_ids
         return ids
 
 

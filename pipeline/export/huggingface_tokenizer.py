@@ -1,17 +1,19 @@
-"""A SentencePiece BPE model as the files of a fast Hugging Face tokenizer, with identical ids.
+"""A run's tokenizer as a fast Hugging Face tokenizer, with identical ids.
 
-open_clip reads a folder's tokenizer through transformers, so this is how a vocabulary of one's own gets there. Known to
-differ, beside some 1 in 10,000 strings of random Unicode: a compatibility letter before an accent that composes with it
-(Ⓥ and U+0303), which `tokenizers` normalises letter by letter.
+open_clip reads a folder's tokenizer through transformers, so this is how a vocabulary of one's own gets there. Cleaning
+(ftfy, HTML's entities) is open_clip's own, and no tokenizer's. Of SentencePiece's models, known to differ, beside some
+1 in 10,000 strings of random Unicode: a compatibility letter before an accent that composes with it (Ⓥ and U+0303),
+which `tokenizers` normalises letter by letter.
 """
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 from data_prep.record import DataError
-from pipeline.tokenizer import SentencePieceTokenizer
+from pipeline.tokenizer import HuggingFaceTokenizer, OpenClipTokenizer, SentencePieceTokenizer, Tokenizer
 
 SPACE = "▁"
 # sentencepiece_model.proto
@@ -28,13 +30,45 @@ class ExportError(DataError):
     """A model that this format cannot hold, or whose export is not equal to it."""
 
 
-def write(tokenizer: SentencePieceTokenizer, folder: Path) -> None:
-    """Write tokenizer.json and its configuration into `folder`.
+def write(tokenizer: Tokenizer, folder: Path) -> None:
+    """Write tokenizer.json and its configuration into `folder`; raises as `converted` does."""
+    converted(tokenizer).save_pretrained(folder)
+
+
+def converted(tokenizer: Tokenizer) -> Any:
+    """The same tokenizer as an object of transformers', which pads to the same length with the same id.
 
     Raises:
         ExportError: the model is not BPE (a unigram model's segmentation is not one of merges), or it was trained with
             options that change how text is split and have no counterpart here.
     """
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        return _from_sentencepiece(tokenizer)
+    if isinstance(tokenizer, OpenClipTokenizer):
+        return _from_open_clip(tokenizer)
+    assert isinstance(tokenizer, HuggingFaceTokenizer)
+    fast = copy.deepcopy(tokenizer.theirs)
+    fast.model_max_length = tokenizer.context_length
+    return fast
+
+
+def _from_open_clip(tokenizer: OpenClipTokenizer) -> Any:
+    """CLIPTokenizer, which has two tokens under other names."""
+    from transformers import CLIPTokenizer
+
+    simple = tokenizer.simple
+    names = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
+    return CLIPTokenizer(
+        vocab={names.get(piece, piece): number for piece, number in simple.encoder.items()},
+        merges=sorted(simple.bpe_ranks, key=simple.bpe_ranks.get),
+        # open_clip pads with 0, which is this piece; inside a text it stays what it is.
+        pad_token=simple.decoder[tokenizer.pad_id],
+        split_special_tokens=True,
+        model_max_length=tokenizer.context_length,
+    )
+
+
+def _from_sentencepiece(tokenizer: SentencePieceTokenizer) -> Any:
     from sentencepiece import sentencepiece_model_pb2
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
@@ -67,7 +101,7 @@ def write(tokenizer: SentencePieceTokenizer, folder: Path) -> None:
     )
     special = [AddedToken(piece, normalized=False, special=True) for piece in (pad, unk, bos, eos)]
     fast.add_special_tokens(special)
-    PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=fast,
         pad_token=pad,
         unk_token=unk,
@@ -76,7 +110,8 @@ def write(tokenizer: SentencePieceTokenizer, folder: Path) -> None:
         model_max_length=tokenizer.context_length,
         # A caption that spells `<s>` has not asked for the token.
         split_special_tokens=True,
-    ).save_pretrained(folder)
+        model_input_names=["input_ids", "attention_mask"],
+    )
 
 
 def merges(vocabulary: dict[str, int], scores: dict[str, float]) -> list[tuple[str, str]]:

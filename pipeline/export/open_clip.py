@@ -17,12 +17,12 @@ def write(trained: TrainedModel, folder: Path) -> None:
     """Write open_clip_config.json, open_clip_model.safetensors and, for SentencePiece, the tokenizer's files."""
     model_cfg = copy.deepcopy(trained.model_cfg)
     # What a built-in configuration says of its tokenizer; the run was trained with another or with open_clip's own.
-    for name in ("hf_tokenizer_name", "tokenizer_kwargs"):
+    for name in ("hf_tokenizer_name", "tokenizer_kwargs", "tokenizer_mode"):
         model_cfg["text_cfg"].pop(name, None)
-    if isinstance(trained.tokenize, tokenizer.SentencePieceTokenizer):
+    if not isinstance(trained.tokenize, tokenizer.OpenClipTokenizer):
         huggingface_tokenizer.write(trained.tokenize, folder)
         # Any name makes open_clip look for the tokenizer's files; in a local folder it looks nowhere else.
-        model_cfg["text_cfg"]["hf_tokenizer_name"] = "sentencepiece"
+        model_cfg["text_cfg"]["hf_tokenizer_name"] = trained.recipe.tokenizer.kind
     preprocess = trained.towers.visual.preprocess_cfg
     preprocess_cfg = {
         "mean": list(preprocess["mean"]),
