@@ -12,6 +12,9 @@ from pipeline.export.huggingface_tokenizer import ExportError
 from pipeline.export.run import PARITY, hashes
 from pipeline.model import first_line
 
+# Of HTTP: from here on it is the hub's fault, not that of who asked.
+SERVER_ERRORS = 500
+
 log = logging.getLogger(__name__)
 
 
@@ -48,13 +51,16 @@ def push(run: Path, format: str, repo: str, *, public: bool = False) -> str:
         done = api.upload_folder(
             repo_id=repo, folder_path=folder, commit_message=f"Upload {format} export of step {step}"
         )
-    except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError) as error:
+    except Exception as error:  # whatever the hub's client, and what it is built on, raise
+        answered = isinstance(error, HfHubHTTPError) and error.response.status_code < SERVER_ERRORS
+        if not (answered or isinstance(error, HFValidationError | LocalTokenNotFoundError)):
+            raise UnreachableError(
+                f"{repo}: the hub cannot be reached ({first_line(error)}). Try again later."
+            ) from error
         raise HubError(
             f"{repo}: the hub refuses ({first_line(error)}). It needs OWNER/NAME, and a token that may write there: "
             "HF_TOKEN, or `hf auth login`."
         ) from error
-    except OSError as error:
-        raise UnreachableError(f"{repo}: the hub cannot be reached ({first_line(error)}). Try again later.") from error
     log.info("%s is at %s", folder, done.commit_url)
     return str(done.commit_url)
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from types import SimpleNamespace
 
+import httpx2 as httpx
 import huggingface_hub
 import pytest
-from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
 from data_prep.locations import UnreachableError
 from pipeline.__main__ import main
@@ -106,15 +107,25 @@ def test_a_format_that_was_not_exported_is_named(run, hub):
     assert hub.calls == []
 
 
-@pytest.mark.parametrize("error", [LocalTokenNotFoundError("no token"), HFValidationError("not a name")])
+def answer(status):
+    """What the client raises for a hub's answer."""
+    request = httpx.Request("POST", "https://hub/api/repos/create")
+    return HfHubHTTPError(f"{status} answer", response=httpx.Response(status, request=request))
+
+
+REFUSALS = [LocalTokenNotFoundError("no token"), HFValidationError("not a name"), answer(401), answer(403)]
+
+
+@pytest.mark.parametrize("error", REFUSALS, ids=lambda error: str(error)[:3])
 def test_what_the_hub_refuses_the_user_can_change(run, hub, error):
     hub.fails = error
     with pytest.raises(HubError, match="the hub refuses"):
         push(run, "onnx", REPO)
 
 
-def test_a_hub_that_is_out_of_reach_is_nobody_s_mistake(run, hub):
-    hub.fails = ConnectionError("no route")
-    with pytest.raises(UnreachableError, match="no route"):
+@pytest.mark.parametrize("error", [ConnectionError("no route"), httpx.ConnectError("no name"), answer(503)], ids=str)
+def test_a_hub_that_is_out_of_reach_is_nobody_s_mistake(run, hub, error):
+    hub.fails = error
+    with pytest.raises(UnreachableError, match="cannot be reached"):
         push(run, "onnx", REPO)
     assert main(["push", str(run), "onnx", REPO]) == 1
