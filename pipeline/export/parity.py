@@ -24,6 +24,7 @@ from PIL import Image
 from data_prep import manifest
 from data_prep.record import TRAIN, DataError
 from pipeline.evaluate import sets
+from pipeline.export import own_processing
 from pipeline.failure import ParityError
 from pipeline.trained import TrainedModel
 
@@ -78,7 +79,9 @@ def compare(trained: TrainedModel, folder: Path, script: Path, inputs: Inputs) -
         script: `python SCRIPT FOLDER INPUTS` loads the export with its own library only. INPUTS holds texts.json and
             images 0000.png, 0001.png …, and, for formats without a preprocessing of their own, what ours makes of
             them: pixels.npy (B, 3, S, S) and tokens.npy (B, L). It writes INPUTS/embeddings.npz with `images` and
-            `texts`, unit-norm float32 (B, D), and, where it tokenized the texts itself, `tokens`.
+            `texts`, unit-norm float32 (B, D), and, where it tokenized the texts itself, `tokens`. Where its image
+            processor and tokenizer are not open_clip's, `images` are of pixels.npy, and `pixels` is what that processor
+            makes of the images; texts that open_clip's cleaning changes are then left out, and counted.
 
     Returns:
         The figures of `measure`, and what they are of.
@@ -111,6 +114,12 @@ def compare(trained: TrainedModel, folder: Path, script: Path, inputs: Inputs) -
         with np.load(exchange / "embeddings.npz") as file:
             theirs = dict(file)
     about = {"images": len(inputs.images), "texts": len(inputs.texts), "inputs": inputs.origin}
+    if "pixels" in theirs:
+        sizes = [image.size for image in inputs.images]
+        about |= own_processing.measure_pixels(pixel_BCSS.numpy(), theirs.pop("pixels"), sizes)
+        kept_B = own_processing.unchanged(inputs.texts)
+        about |= {"texts": int(kept_B.sum()), "texts_changed_by_cleaning": int((~kept_B).sum())}
+        ours, theirs = ({**one, **{name: one[name][kept_B] for name in ("texts", "tokens")}} for one in (ours, theirs))
     return measure(ours, theirs) | about
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from data_prep.record import DataError
 from pipeline import checkpoint as checkpoints
 from pipeline import trained as loading
-from pipeline.export import card, onnx, open_clip, parity, torch_export
+from pipeline.export import card, huggingface, onnx, open_clip, parity, torch_export
 from pipeline.export.huggingface_tokenizer import ExportError
 from pipeline.failure import ParityError
 from pipeline.trained import TrainedModel
@@ -45,6 +45,7 @@ FORMATS = {
     "open_clip": Format(
         open_clip.write, HERE / "reload_open_clip.py", ("open_clip_torch", "transformers"), "open_clip"
     ),
+    "huggingface": Format(huggingface.write, HERE / "reload_huggingface.py", ("transformers", "timm"), "transformers"),
     "onnx": Format(onnx.write, HERE / "reload_onnx.py", ("onnxruntime", "onnx", "onnxscript"), "onnx"),
     "torch_export": Format(torch_export.write, HERE / "reload_torch_export.py", ("torch",), "pytorch"),
 }
