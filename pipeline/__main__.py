@@ -226,11 +226,10 @@ def compare(
     second: Annotated[Path, typer.Argument(help="Another, measured on the same sets.", metavar="RUN_B")],
 ) -> None:
     """Say which differences between two models are real, by a paired bootstrap over the images."""
-    from rich.console import Console
-
     from pipeline.evaluate import compare as comparison
+    from pipeline.evaluate.run import screen
 
-    Console().print(comparison.table(comparison.compare(first, second), (str(first), str(second))))
+    screen().print(comparison.table(comparison.compare(first, second), (str(first), str(second))))
 
 
 @app.command()

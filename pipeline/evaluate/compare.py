@@ -90,7 +90,9 @@ def newest_results(path: Path) -> Path:
 
 def table(differences: list[Difference], names: tuple[str, str]) -> Table:
     """One row a figure; `real` where the interval of the difference leaves 0 out."""
-    found = Table("set", "metric", *names, "difference", "95 % interval", "", box=None)
+    found = Table(box=None)
+    for name in ("set", "metric", *names, "difference", "95 % interval", ""):
+        found.add_column(name, overflow="fold", no_wrap=name not in ("set", *names))
     former = None
     for one in differences:
         low, high = one.interval

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from pipeline import exchange, ranks
@@ -22,7 +21,7 @@ from pipeline import trained as loading
 from pipeline.evaluate import classification, linear_probe, neighbours, sets
 from pipeline.evaluate.measures import check_labels, choose
 from pipeline.evaluate.result import Result
-from pipeline.evaluate.run import embedder_of, record, results_folder, table, write, write_csv
+from pipeline.evaluate.run import embedder_of, record, results_folder, screen, table, write, write_csv
 from pipeline.evaluate.sets import EvaluationError, Item
 from pipeline.evaluate.sources import Source
 
@@ -99,7 +98,7 @@ def probe(
     result = measure(train_MD, labels[0], test_ND, labels[1], pair.names, k=k)
     found = write(folder, f"{pair.name}.probe", record(model, pair.name, pair.identity, result), result)
     write_csv(folder)
-    Console().print(table([found]))
+    screen().print(table([found]))
     return found
 
 

@@ -67,7 +67,7 @@ def evaluate(
         out: where results go; None for `results_folder`.
         cache: keep embeddings in OUT/embeddings, and take those that are there.
         by: fields of the samples' `json`, by whose values the same figures are given (see groups.by_field).
-        further: of FURTHER, what else is measured on each retrieval set, into OUT/SET.NAME.json.
+        further: of FURTHER, what else is measured on each retrieval set, into a record of its own.
 
     Returns:
         The records, on every rank.
@@ -102,11 +102,15 @@ def evaluate(
             records += exchange.from_main(partial(_measure, model, folder, by, scored))
         if rank == 0:
             write_csv(folder)
-            screen = Console(width=None if sys.stdout.isatty() else LOG_WIDTH)
-            screen.print(table(records))
-            if by:
-                screen.print(groups.table(records))
+            screen().print(table(records))
+            if by and (gaps := groups.table(records)).row_count:
+                screen().print(gaps)
     return records
+
+
+def screen() -> Console:
+    """Where tables are printed."""
+    return Console(width=None if sys.stdout.isatty() else LOG_WIDTH)
 
 
 def results_folder(model: LoadedModel, *, average: bool = False) -> Path:
