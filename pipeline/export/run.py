@@ -83,7 +83,7 @@ def export(
         raise ExportError(f"format {unknown[0]!r} is not known; there is {', '.join(FORMATS)}.")
     if best and step is not None:
         raise ExportError(f"--best and --step {step} name a checkpoint each: give one of them.")
-    chosen = "newest" if step is None else "step"
+    chosen = "newest" if step is None else "by its step"
     if best:
         step, averaged, figure = loading.best(run)
         chosen, average = f"best by {figure}", average or averaged

@@ -1,6 +1,6 @@
 """image.pt2 and text.pt2: towers as torch.export's programs, which need torch and no code of the model's.
 
-torch.export.load unpickles parts of such a file, and torch warns of it: load only files from whom you trust.
+torch.export.load unpickles parts of such a file, and torch warns of it: load only what comes from people you trust.
 """
 
 from __future__ import annotations

@@ -69,10 +69,10 @@ def quick(monkeypatch):
     ("asked", "scale", "about"),
     [
         ({}, 3.0, (3, "trained", "newest")),
-        ({"step": 1}, 1.0, (1, "trained", "step")),
+        ({"step": 1}, 1.0, (1, "trained", "by its step")),
         ({"best": True}, 2.0, (2, "trained", "best by set/acc1")),
         ({"average": True}, 30.0, (3, "average", "newest")),
-        ({"average": True, "step": 2}, 20.0, (2, "average", "step")),
+        ({"average": True, "step": 2}, 20.0, (2, "average", "by its step")),
         ({"average": True, "best": True}, 20.0, (2, "average", "best by set/acc1")),
     ],
 )
