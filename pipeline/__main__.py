@@ -18,7 +18,7 @@ import typer
 
 from data_prep.locations import UnreachableError
 from data_prep.record import DataError
-from pipeline.failure import Failure
+from pipeline.failure import FailedError
 
 DONE, FAILED, USER_MUST_ACT, REQUEUE = 0, 1, 2, 75
 
@@ -321,8 +321,9 @@ def export(
 ) -> None:
     """Write a checkpoint as other tools read it, and publish it only once it gives the same embeddings.
 
-    Writes RUN/export/FORMAT/, each with a model card, and RUN/export/parity.json. Exit code 1 where a format is not equal
-    to the checkpoint, 2 where it cannot hold this model; what was there before stays, and other formats are written.
+    Writes RUN/export/FORMAT/, each with a model card, and RUN/export/parity.json. Exit code 1 where a format is not
+    equal to the checkpoint, 2 where it cannot hold this model; what was there before stays, and other formats are
+    written.
     """
     from pipeline.export.run import export as run_export
 
@@ -420,7 +421,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
         app(argv)
-    except (DataError, Failure) as error:
+    except (DataError, FailedError) as error:
         typer.echo(f"error: {error}", err=True)
         return _code(error)
     except SystemExit as exit_:

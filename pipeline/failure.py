@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 
-class Failure(RuntimeError):
+class FailedError(RuntimeError):
     """Nobody's mistake, so that a user has no setting to change: exit code 1."""
 
 
-class TrainingError(Failure):
+class TrainingError(FailedError):
     """Training cannot go on; the last checkpoint is intact."""
 
 
-class ParityError(Failure):
+class ParityError(FailedError):
     """An export that does not give what its checkpoint gives."""

@@ -75,6 +75,7 @@ def write(trained: TrainedModel, name: str, library: str, parity: Mapping[str, A
     )
     environment = _read(trained.run / "environment.json")
     records = results(trained, average=parity["weights"] == "average")
+    settings = _without_places(trained.recipe.model_dump(mode="json"))
     prepared = preparation.about(trained)
     height, width = prepared["image"]["size"]
     page = jinja2.Environment(
@@ -100,7 +101,7 @@ def write(trained: TrainedModel, name: str, library: str, parity: Mapping[str, A
         versions=", ".join(f"{package} {version}" for package, version in parity["versions"].items()),
         data=[_data(path, fingerprint, weight) for path, fingerprint, weight in _datasets(trained, environment)],
         training=_training(trained, environment),
-        recipe=yaml.safe_dump(_without_places(trained.recipe.model_dump(mode="json")), sort_keys=False, allow_unicode=True).strip(),
+        recipe=yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).strip(),
         rows=[row for record in records for row in rows(record)],
         verdicts=verdicts(records),
         unmeasured=_unmeasured(records),
