@@ -155,6 +155,7 @@ def evaluate(
     beside the training; exit code 75 where it was asked to stop (SIGTERM, Ctrl-C) before the run was done. Under
     torchrun, ranks share the work.
     """
+    _let_loaders_run()
     if not watch:
         from pipeline.evaluate.run import evaluate as run_evaluation
 
@@ -215,6 +216,7 @@ def probe(
     images (Radford et al. 2021, A.3); neighbours vote by exp(cosine / 0.07) (Wu et al. 2018). Writes SET.probe.json and
     results.csv beside what `evaluate` writes, for `compare` too.
     """
+    _let_loaders_run()
     from pipeline.evaluate.probe import probe as run_probe
 
     run_probe(*(model, data, train_images, test_images, train_set, test_set), k=k, step=step, average=average, out=out)
@@ -249,6 +251,7 @@ def embed(
     embeddings.safetensors (images, texts), or images.npy and texts.npy; items.parquet and texts.parquet say what their
     rows are. What was cut off goes on. Under torchrun, ranks share the work.
     """
+    _let_loaders_run()
     from pipeline.evaluate import embeddings
 
     embeddings.embed(model, data, split, out, form=form, half=half, step=step, average=average, transform=transform)
@@ -270,6 +273,7 @@ def score(
     A table a tar, a summary, and a page of the lowest pairs; `python -m data_prep build … --scores DIR --min-score X`
     leaves low pairs out. What was cut off goes on. Under torchrun, ranks share the work.
     """
+    _let_loaders_run()
     from pipeline.evaluate import score as scoring
 
     scoring.score(model, data, out, step=step, average=average, transform=transform)
@@ -294,6 +298,7 @@ def search(
     transform: TransformOption = "exact",
 ) -> None:
     """Find the images that fit a text best, or the images and captions that fit an image best, and show them."""
+    _let_loaders_run()
     from pipeline.evaluate import search as searching
 
     found = searching.search(
@@ -427,6 +432,11 @@ def main(argv: list[str] | None = None) -> int:
     except SystemExit as exit_:
         return int(exit_.code or DONE)
     return DONE
+
+
+def _let_loaders_run() -> None:
+    """Let OpenMP's threads sleep, not spin, while they wait, which took half the time. Read when torch is loaded."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 @contextlib.contextmanager
