@@ -162,7 +162,12 @@ def _tried(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
         return None, TrainingError(f"rank {dist.get_rank()}: {type(error).__name__}: {error}")
 
 
-@functools.cache
 def _patient_group() -> Any:
     """Of all ranks, for what one of them may take hours over: hashing or counting large data."""
+    return _patient_group_of(dist.group.WORLD)
+
+
+@functools.lru_cache(maxsize=1)
+def _patient_group_of(world: Any) -> Any:
+    """Made once for each world of ranks: one that is left and joined again is another."""
     return dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=12))

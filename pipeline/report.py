@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 import json
 import logging
@@ -25,6 +24,8 @@ from data_prep.record import TRAIN, DataError
 from pipeline import checkpoint as checkpoints
 from pipeline import report_pictures
 from pipeline import trained as loading
+from pipeline.evaluate.pictures import address
+from pipeline.evaluate.result import newest_results, result_files
 from pipeline.evaluate.run import embedder_of, results_folder
 from pipeline.evaluate.sources import find
 from pipeline.evaluate.words import rows, verdicts
@@ -52,7 +53,9 @@ def write_report(run: Path, data: Path | None, pairs: Sequence[str] = ()) -> Pat
     """
     if not (run / "metrics.jsonl").is_file() or not (metrics := read_metrics(run)):
         raise DataError(f"{run}: looked for metrics.jsonl and found no step in it. Train the run first.")
-    step, results = newest_results(run)
+    folder = newest_results(run)
+    step = int(folder.name.removeprefix("step-")) if folder else None
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in result_files(folder)] if folder else []
     environment = json.loads((run / "environment.json").read_text(encoding="utf-8"))
     parity = run / "export" / "parity.json"
     dataset = manifest.read(data) if data else None
@@ -75,17 +78,6 @@ def write_report(run: Path, data: Path | None, pairs: Sequence[str] = ()) -> Pat
     checkpoints.write_atomically(run / "report.html", html)
     log.info("%s", run / "report.html")
     return run / "report.html"
-
-
-def newest_results(run: Path) -> tuple[int | None, list[dict[str, Any]]]:
-    """The latest step that was evaluated, and its results; None and none where there is none."""
-    # The average's results lie in STEP-average.
-    files = sorted(path for path in (run / "eval").glob("step-*/*.json") if not path.parent.name.endswith("-average"))
-    if not files:
-        return None, []
-    folder = files[-1].parent
-    results = [json.loads(file.read_text(encoding="utf-8")) for file in files if file.parent == folder]
-    return int(folder.name.removeprefix("step-")), results
 
 
 def facts(run: Path, metrics: Sequence[dict[str, Any]], environment: dict[str, Any]) -> list[tuple[str, str]]:
@@ -152,7 +144,7 @@ def curves(metrics: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=130)
         plt.close(figure)
-        pictures.append({"title": title, "source": _embed(buffer.getvalue(), "png")})
+        pictures.append({"title": title, "source": address(buffer.getvalue(), "png")})
     return pictures
 
 
@@ -172,7 +164,7 @@ def pictures(run: Path, dataset: Dataset, step: int | None, pairs: Sequence[str]
     """
     sources = find(dataset.path)
     by_name = {source.name: source for source in sources}
-    found: dict[str, Any] = {"confusions": [], "retrieval": None, "maps": []}
+    found: dict[str, Any] = {"confusions": [], "retrieval": None, "maps": [], "step": step}
     folder = run / "eval" / checkpoints.folder_name(step or 0)
     for path in sorted(folder.glob("*.json")):
         record = json.loads(path.read_text(encoding="utf-8"))
@@ -184,6 +176,7 @@ def pictures(run: Path, dataset: Dataset, step: int | None, pairs: Sequence[str]
         return found
     source = max(retrieval, key=lambda source: (source.name.endswith("test"), source.name))
     trained = loading.load(run, step if step in checkpoints.steps(run) else None)
+    found["step"] = trained.step
     found["retrieval"] = report_pictures.retrieval(source, embedder_of(trained, results_folder(trained)))
     items = source.items()
     if unknown := sorted(set(pairs) - {item.key for item in items}):
@@ -192,7 +185,3 @@ def pictures(run: Path, dataset: Dataset, step: int | None, pairs: Sequence[str]
     chosen = [item for item in items if item.key in pairs] or [items[index] for index in evenly]
     found["maps"] = report_pictures.word_maps(trained, chosen, batch_size=trained.batch_size)
     return found
-
-
-def _embed(data: bytes, kind: str) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"

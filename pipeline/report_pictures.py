@@ -5,8 +5,6 @@ Shapes: N images, M texts, P places of a hidden patch, W words, D = embedding wi
 
 from __future__ import annotations
 
-import base64
-import io
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +18,7 @@ from torch import Tensor
 
 from pipeline.evaluate.embed import Embedder, distinct, rows
 from pipeline.evaluate.measures import OpenSet, open_set
+from pipeline.evaluate.pictures import embedded
 from pipeline.evaluate.result import read_rows
 from pipeline.evaluate.sets import EvaluationError, Item
 from pipeline.evaluate.sources import Source
@@ -86,7 +85,7 @@ def _text_to_images(opened: OpenSet, text: int, rank: int, image_ND: Tensor, emb
     caption = opened.texts[text]
     nearest = torch.topk(image_ND @ embed([caption])[0], min(NEAREST, len(image_ND))).indices.tolist()
     shown = [
-        {"source": thumbnail(opened.items[near].open()), "right": caption in opened.items[near].captions}
+        {"source": embedded(opened.items[near].open(), THUMBNAIL), "right": caption in opened.items[near].captions}
         for near in nearest
     ]
     return {"text": caption, "rank": rank, "images": shown}
@@ -98,7 +97,7 @@ def _image_to_texts(
     item = opened.items[image]
     nearest = torch.topk(text_UD @ image_ND[image], min(NEAREST, len(unique))).indices.tolist()
     said = [{"text": unique[near], "right": unique[near] in item.captions} for near in nearest]
-    return {"source": thumbnail(item.open()), "rank": rank, "texts": said}
+    return {"source": embedded(item.open(), THUMBNAIL), "rank": rank, "texts": said}
 
 
 def confusion(source: Source, record: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
@@ -124,7 +123,7 @@ def confusion(source: Source, record: dict[str, Any], folder: Path) -> list[dict
         of, taken_for = record["classes"][label], record["classes"][answered]
         found.append(
             {
-                "source": thumbnail(item.open()),
+                "source": embedded(item.open(), THUMBNAIL),
                 "name": of["name"],
                 "answered": taken_for["name"],
                 "count": count,
@@ -165,7 +164,7 @@ def _word_maps(model: LoadedModel, item: Item, batch_size: int) -> dict[str, Any
         }
         for number, word in enumerate(words)
     ]
-    return {"key": item.key, "text": item.captions[0], "source": embedded(picture), "maps": maps}
+    return {"key": item.key, "text": item.captions[0], "source": embedded(picture, MAP), "maps": maps}
 
 
 def _hide(image_CSS: Tensor) -> tuple[Tensor, Tensor]:
@@ -200,17 +199,4 @@ def _overlay(picture: Image.Image, fall_SS: Tensor) -> str:
     share_SS = (fall_SS.clamp(min=0) / fall_SS.max().clamp(min=1e-12)).numpy()
     colour = (matplotlib.colormaps["inferno"](share_SS)[..., :3] * 255).astype(np.uint8)
     heat = Image.fromarray(colour).resize(picture.size, Image.Resampling.BILINEAR)
-    return embedded(Image.blend(picture, heat, 0.6))
-
-
-def thumbnail(image: Image.Image) -> str:
-    """A small picture as an address that holds it whole."""
-    scale = THUMBNAIL / max(image.size)
-    return embedded(image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale)))))
-
-
-def embedded(image: Image.Image) -> str:
-    """A picture as an address that holds it whole."""
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=85)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return embedded(Image.blend(picture, heat, 0.6), MAP)

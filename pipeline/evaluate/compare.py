@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from rich.table import Table
 
-from pipeline.evaluate.result import read_rows, result_files
+from pipeline.evaluate.result import newest_results, read_rows, result_files
 from pipeline.evaluate.sets import EvaluationError
 from pipeline.evaluate.statistics import Interval, percentiles, resampled
 
@@ -46,7 +46,7 @@ def compare(first: Path, second: Path) -> list[Difference]:
     Raises:
         EvaluationError: a folder without results, sets that differ, or none in common.
     """
-    folders = [newest_results(path) for path in (first, second)]
+    folders = [_results(path) for path in (first, second)]
     records = [
         {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in result_files(one)} for one in folders
     ]
@@ -73,19 +73,12 @@ def compare(first: Path, second: Path) -> list[Difference]:
     return found
 
 
-def newest_results(path: Path) -> Path:
-    """The folder itself where it has results; else a run's newest RUN/eval/STEP.
-
-    Raises:
-        EvaluationError: there are none.
-    """
-    if result_files(path):
-        return path
-    steps = [folder for folder in (path / "eval").glob("step-*") if folder.name.removeprefix("step-").isdigit()]
-    for folder in sorted(steps, reverse=True):
-        if result_files(folder):
-            return folder
-    raise EvaluationError(f"{path}: no results are here. `python -m pipeline evaluate {path} --data …` makes them.")
+def _results(path: Path) -> Path:
+    """The folder itself where it has results; else a run's newest."""
+    found = path if result_files(path) else newest_results(path)
+    if found is None:
+        raise EvaluationError(f"{path}: no results are here. `python -m pipeline evaluate {path} --data …` makes them.")
+    return found
 
 
 def table(differences: list[Difference], names: tuple[str, str]) -> Table:

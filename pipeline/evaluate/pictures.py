@@ -72,7 +72,12 @@ def embedded(image: Image.Image, side: int = SIDE) -> str:
     small.thumbnail((side, side))
     buffer = io.BytesIO()
     small.save(buffer, "JPEG", quality=85)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return address(buffer.getvalue(), "jpeg")
+
+
+def address(data: bytes, kind: str) -> str:
+    """An encoded picture as an address that holds it whole."""
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
 def say(console: Console, path: Path) -> None:

@@ -194,7 +194,7 @@ def find_pair(data: Path | None, train: Path | None, test: Path | None, train_se
         raise EvaluationError(f"{to_fit.path}: has no image of any class that {to_test.path} has images of.")
     if unknown_items:
         log.warning(
-            "%s: %d of %d images are of classes without train images, and count as wrong answers.",
+            "%s: %d of %d images are of classes without train images, which no probe can know.",
             *(to_test.name, len(unknown_items), len(test_items)),
         )
     return Pair(to_test.name, train_items, test_items, names)

@@ -48,6 +48,12 @@ def result_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("*.json") if path.with_suffix(".parquet").is_file())
 
 
+def newest_results(run: Path) -> Path | None:
+    """RUN/eval/STEP of the latest step that has results, as the weights and the transform are by themselves."""
+    steps = [folder for folder in (run / "eval").glob("step-*") if folder.name.removeprefix("step-").isdigit()]
+    return next((folder for folder in sorted(steps, reverse=True) if result_files(folder)), None)
+
+
 def write_rows(path: Path, sampled: Mapping[str, Sampled]) -> None:
     """Keep the rows of a set's figures, so that models can be compared image by image."""
     parts = [

@@ -22,7 +22,8 @@ from pipeline.evaluate.ties import hit_share, scores
 
 TASK = "zeroshot_retrieval"
 CUTOFFS = (1, 5, 10)
-BLOCK = 1024
+# Scores at a time, unless a query has more keys.
+SCORES = 1 << 24
 
 
 def measure(image_ND: Tensor, text_MD: Tensor, owners: Sequence[int], *, folds: int = 1) -> Result:
@@ -107,11 +108,12 @@ def standing(
 
     Returns:
         (Q,) wrong keys above it, (Q,) right keys that score the same, itself included, (Q,) wrong keys that do.
-        All on the CPU; O(Q + B · K) memory where the features are.
+        All on the CPU; O(Q + SCORES) memory where the features are, or O(Q + K).
     """
     query_owner_Q, key_owner_K = query_owner_Q.to(query_QD.device), key_owner_K.to(query_QD.device)
     blocks = []
-    for query_BD, owner_B in zip(query_QD.split(BLOCK), query_owner_Q.split(BLOCK), strict=True):
+    key_KD, block = key_KD.double(), max(1, SCORES // len(key_KD))
+    for query_BD, owner_B in zip(query_QD.split(block), query_owner_Q.split(block), strict=True):
         score_BK = scores(query_BD, key_KD)
         right_BK = owner_B[:, None] == key_owner_K[None, :]
         best_B1 = score_BK.masked_fill(~right_BK, -torch.inf).amax(dim=1, keepdim=True)

@@ -87,8 +87,10 @@ def evaluate(
                 f"--{' and --'.join(further)} need a retrieval set; chosen are "
                 f"{', '.join(f'{one.name} ({one.kind})' for one in measured)}."
             )
-        model = loading.load_any(source, step, device, average=average)
-        model = replace(model, preprocess=transformed(transform, model.preprocess))
+        loaded: list[LoadedModel] = []
+        # On all ranks or on none: a checkpoint may be removed meanwhile.
+        exchange.together(lambda: loaded.append(loading.load_any(source, step, device, average=average)))
+        model = replace(loaded[0], preprocess=transformed(transform, loaded[0].preprocess))
         folder = out or results_folder(model, average=average)
         embedder = embedder_of(model, folder if cache else None, rank, world)
         bar = Console(stderr=True)

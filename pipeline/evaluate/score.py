@@ -91,6 +91,9 @@ def score(
         model = loading.load_any(source, step, device, average=average)
         model = replace(model, preprocess=transformed(transform, model.preprocess))
 
+        # While tables of two models may lie there, nothing says that they are one's.
+        exchange.from_main(lambda: (folder / SEAL).unlink(missing_ok=True))
+
         def make() -> None:
             for part in shared(len(split), rank, world, "score"):
                 _score_part(model, split, part, folder)

@@ -171,6 +171,8 @@ def nearest(
     """
     best: dict[Hashable, tuple[float, int]] = {}
     for begin, end in itertools.pairwise(bounds.tolist()):
+        if begin == end:  # of a tar of which no image decodes; safetensors gives no empty slice
+            continue
         key_BD = torch.from_numpy(np.array(key_ND[begin:end], dtype=np.float32))
         score_B = scores(query_D.cpu()[None], key_BD)[0].numpy()
         least = min(best.values(), key=_order)[0] if len(best) == top else -np.inf

@@ -52,8 +52,8 @@ class Item:
     @property
     def identity(self) -> str:
         """Tells its pixels from others': the bytes' sha256 where it is known, else where and when they were written."""
-        known = self.record.get("sha256")
-        return str(known or f"{self.file.resolve()} {self.offset} {self.size} {self.file.stat().st_mtime_ns}")
+        place = f"{self.file.resolve()} {self.offset} {self.file.stat().st_mtime_ns}"
+        return f"{self.record.get('sha256') or place} {self.size}"
 
     def read(self) -> bytes:
         """The encoded image."""
@@ -67,9 +67,10 @@ class Item:
         Raises:
             EvaluationError: it does not decode.
         """
+        encoded = self.read()
         try:
-            return Image.open(io.BytesIO(self.read())).convert("RGB")
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            return Image.open(io.BytesIO(encoded)).convert("RGB")
+        except Exception as error:  # noqa: BLE001 (each of Pillow's formats has its own)
             raise EvaluationError(
                 f"{self.file}: image {self.key} does not decode ({error}). Restore the file from a copy; of a dataset "
                 "that we built, `python -m data_prep verify` says which files are not as they were written."

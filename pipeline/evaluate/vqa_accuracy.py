@@ -88,10 +88,6 @@ class Key:
         shares = {answer: _leave_one_out(count, len(given)) for answer, count in votes.items()}
         return Key(differ, {answer: share for answer, share in shares.items() if share > 0})
 
-    def accuracy(self, answer: str) -> float:
-        """From 0 to 1."""
-        return self.earned.get(normalised(answer) if self.differ else trimmed(answer), 0.0)
-
 
 def _leave_one_out(matches: int, annotators: int) -> float:
     """The mean of min(matches / 3, 1) over the sets of all annotators but one: 0, .3, .6, .9, 1 for 0 to 4 of ten."""

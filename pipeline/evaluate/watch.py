@@ -14,6 +14,7 @@ from types import FrameType
 from typing import Any
 
 from pipeline import checkpoint as checkpoints
+from pipeline import exchange, ranks
 from pipeline.checkpoint import CheckpointError
 from pipeline.evaluate.embed import NotFiniteError
 from pipeline.evaluate.measures import choose
@@ -68,22 +69,29 @@ def watch(
 def _follow(run: Path, names: Sequence[str], measure: Callable[..., Any], poll_s: float) -> None:
     passed_over: set[int] = set()
     said = None
-    while True:
-        # Asked before the checkpoints are listed: a run that is done has saved the last of them.
-        status = _status(run)
-        listed = set(checkpoints.steps(run)) - passed_over
-        pending = [step for step in listed if not _has_results(run, step, names)]
-        if pending:
-            if not _measure(run, measure, min(pending)):
-                passed_over.add(min(pending))
-        elif status == "done":
-            return
-        else:
-            if status != said:
-                how = f"it ended as {status} and may go on" if status else "it is not done"
-                log.info("%s: %s; waiting for its checkpoints.", run, how)
-            said = status
-            time.sleep(poll_s)
+    with ranks.inference():
+        while True:
+            # The main rank looks: others might see a checkpoint that has just appeared.
+            status, step = exchange.from_main(partial(_look, run, names, passed_over))
+            if step is not None:
+                if not _measure(run, measure, step):
+                    passed_over.add(step)
+            elif status == "done":
+                return
+            else:
+                if status != said:
+                    how = f"it ended as {status} and may go on" if status else "it is not done"
+                    log.info("%s: %s; waiting for its checkpoints.", run, how)
+                said = status
+                time.sleep(poll_s)
+
+
+def _look(run: Path, names: Sequence[str], passed_over: set[int]) -> tuple[str, int | None]:
+    """How the run last ended, and its first checkpoint that is to be measured."""
+    # Asked before the checkpoints are listed: a run that is done has saved the last of them.
+    status = _status(run)
+    listed = set(checkpoints.steps(run)) - passed_over
+    return status, min((step for step in listed if not _has_results(run, step, names)), default=None)
 
 
 def _measure(run: Path, measure: Callable[..., Any], step: int) -> bool:

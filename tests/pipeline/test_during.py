@@ -352,6 +352,23 @@ def test_each_checkpoint_is_measured_as_it_appears(run, data, sleeping, capsys):
     assert capsys.readouterr().out.count("95 % interval") == 3
 
 
+def watched(rank, world, run, data):
+    """What a rank of several says, by the variables that a launcher sets."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world)}
+    return watch.watch(run, data, poll_s=0.01)
+
+
+def test_ranks_follow_a_run_together(run, data):
+    """Two checkpoints, so that they part and meet again; the second cannot be read."""
+    save(run, 61)
+    damaged = save(run, 62) / "model.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    save(run, 63)
+    end(run)
+    assert run_ranks(2, watched, run, data) == ["done", "done"]
+    assert {step for step, files in results(run).items() if files} == {60, 61, 63}
+
+
 def test_sets_that_lack_results_are_measured(run, data, sleeping):
     """A stop between two sets of a checkpoint leaves some of them without; other sets may be asked for later, too."""
     end(run)

@@ -112,7 +112,7 @@ def test_equals_clip_benchmark(images, seed, block):
     generator = torch.Generator().manual_seed(seed)
     image, text, owners = embeddings(generator, torch.randint(1, 8, (images,), generator=generator))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(retrieval, "BLOCK", block)
+        patch.setattr(retrieval, "SCORES", block * images)
         found = retrieval.measure(image, text, owners.tolist()).metrics
     score_MN = text @ image.T
     positive_MN = torch.zeros_like(score_MN, dtype=torch.bool)

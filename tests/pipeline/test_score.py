@@ -184,3 +184,15 @@ def test_data_without_captions_says_so(known, tmp_path):
     write_tar(tmp_path / "tars" / "0.tar", {"a.png": colors.picture("red", 1)})
     with pytest.raises(DataError, match="none of its 1 images has a caption"):
         score("any", str(tmp_path / "tars"))
+
+
+def test_tables_of_two_models_are_not_taken_for_one_s(known, tmp_path, monkeypatch):
+    """Scored by another model, and cut off: what lies there is no one's until it is done."""
+    out = tmp_path / "scores"
+    arguments = ["score", "any", "--data", str(tmp_path / "data"), "--out", str(out)]
+    assert main(arguments) == 0
+    assert (out / "scores.json").is_file()
+    monkeypatch.setattr(scoring, "_score_part", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        scoring.score("any", str(tmp_path / "data"), out)
+    assert not (out / "scores.json").exists()

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from data_prep.__main__ import main as prepare
 from data_prep.locations import path_of
@@ -142,3 +144,11 @@ def test_nearest_is_what_sorting_everything_gives(rows, top, stretch, kinds):
     for row in np.argsort(-score_N, kind="stable").tolist():
         expected.setdefault(row % kinds, (float(score_N[row]), row))
     assert nearest(key_ND, bounds, query_D, top, lambda row: row % kinds) == list(expected.values())[:top]
+
+
+def test_a_part_without_rows_at_the_end_is_passed_over(tmp_path):
+    """As safetensors has it, `embed`'s own form: it gives no empty slice."""
+    save_file({"images": torch.eye(2)}, tmp_path / "rows.safetensors")
+    with safe_open(tmp_path / "rows.safetensors", "np") as file:
+        found = nearest(file.get_slice("images"), np.array([0, 2, 2]), torch.eye(2)[1], 1, lambda row: row)
+    assert found == [(1.0, 1)]
