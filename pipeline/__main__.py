@@ -308,6 +308,27 @@ def search(
         typer.launch(str(found.page))
 
 
+@app.command("import")
+def import_(
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="open_clip's NAME,FILE.pt or NAME,TAG; an exported folder or local-dir:FOLDER; hf-hub:ID; or a folder "
+            "of transformers' CLIPModel.",
+            metavar="SOURCE",
+        ),
+    ],
+    run: Annotated[Path, typer.Argument(help="The run folder to write.", metavar="RUN")],
+) -> None:
+    """Start a run from weights that others trained: to evaluate, export, or train further (it prints how).
+
+    RUN is written once it gives the same embeddings, to 1e-5, as the library that SOURCE is from, on generated inputs.
+    """
+    from pipeline.importing import import_run
+
+    import_run(source, run)
+
+
 @app.command()
 def export(
     run: RunArgument,

@@ -55,6 +55,35 @@ def load_saved(run: Path, copy: str, *, sharded: bool) -> checkpoints.Checkpoint
     return newest[0] if newest else checkpoints.load(run, step) if step else None
 
 
+def stream_of(run: Path, saved: checkpoints.Checkpoint | None) -> dict[str, Any] | None:
+    """Where a run stands in its data; None for one that begins.
+
+    Raises:
+        RecipeError: its checkpoint was imported, so there is no training to go on with.
+    """
+    if saved and "imported" in saved.state:
+        raise config.RecipeError(
+            f"{run} holds imported weights, and no training to go on with. Train from them in another folder, with "
+            f"{words_of_import(run)}"
+        )
+    return saved.state["stream"] if saved else None
+
+
+def words_of_import(run: Path) -> str:
+    """The settings by which another run begins from an imported one's weights, as words of the command line."""
+    recipe = config.load_file(run / "config.yaml")
+    kind = recipe.tokenizer.kind
+    words = {
+        "model.name": run / model.IMPORTED,
+        "model.pretrained": run / "checkpoints" / checkpoints.folder_name(0) / checkpoints.MODEL,
+        "tokenizer.kind": kind,
+        "tokenizer.path": tokenizer.kept(kind, run / "tokenizer"),
+        "data.interpolation": recipe.data.interpolation,
+        "loss.kind": recipe.loss.kind,
+    }
+    return " ".join(f"{key}={value}" for key, value in words.items())
+
+
 def plan_of(recipe: Recipe, sets: Sequence[TarSet], world: int, state: Mapping[str, Any] | None) -> Plan:
     """The order of samples. How the data is cut into lanes is settled when a run begins, and stays.
 

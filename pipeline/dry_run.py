@@ -164,8 +164,8 @@ def _unverified(run: Path, step: int) -> Checkpoint:
 
 
 def _plan(recipe: Recipe, run: Path, sets: list[TarSet], world: int, saved: Checkpoint | None, found: Findings) -> None:
-    stream = saved.state["stream"] if saved else None
     with found.problem_with("plan"):
+        stream = begin.stream_of(run, saved)
         plan = begin.plan_of(recipe, sets, world, stream)
         total, epoch = begin.length(recipe.train, plan), plan.first_step(1)
         found.say("plan", f"{total:,} steps of {plan.global_batch:,} pairs, {epoch:,} an epoch; {_lanes(plan)}")

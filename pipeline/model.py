@@ -35,6 +35,8 @@ REFUSED = (TypeError, RuntimeError, ValueError, AssertionError, LookupError, Ari
 PATCH_DROPOUTS = (PatchDropout, timm.layers.PatchDropout, timm.layers.PatchDropoutWithIndices)
 # In a run's folder: Hugging Face's description of its text tower, so that nobody is asked for it again.
 KEPT_TEXT = "text_tower"
+# In the folder of one that was imported: whence, open_clip's description of the towers, and the pixels that they take.
+IMPORTED = "model.json"
 TEMPERATURE = ("logit_scale", "logit_bias")
 
 log = logging.getLogger(__name__)

@@ -95,7 +95,7 @@ def train(recipe: Recipe, run: Path) -> str:
     saved = begin.load_saved(run, recipe.checkpoint.copy_to, sharded=sharded)
     step = first_step = saved.step if saved else 0
     recipe = exchange.from_main(lambda: begin.resolved(recipe, run, begun=saved is not None))
-    plan = begin.plan_of(recipe, sets, world, saved.state["stream"] if saved else None)
+    plan = begin.plan_of(recipe, sets, world, exchange.from_main(lambda: begin.stream_of(run, saved)))
     total = begin.length(recipe.train, plan)
     bounds = rank_bounds(plan.global_batch, world)
     sizes = [end - first for first, end in itertools.pairwise(bounds)]

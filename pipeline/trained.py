@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from pipeline import checkpoint as checkpoints
-from pipeline import config, model, tokenizer
+from pipeline import config, model, tokenizer, untrusted
 from pipeline.checkpoint_writer import AVERAGED
 from pipeline.model import ModelError
 
@@ -37,6 +37,7 @@ class LoadedModel:
         preprocess: a PIL image → (3, S, S) float32: open_clip's own transform for inference, or what stands in for it.
         batch_size: images or texts at a time, as the run's recipe says, or a recipe's default.
         workers: loader processes, so too.
+        model_cfg: open_clip's description of the towers.
     """
 
     name: str
@@ -47,6 +48,7 @@ class LoadedModel:
     preprocess: Callable[[Image.Image], Tensor]
     batch_size: int
     workers: int
+    model_cfg: dict[str, Any]
 
     @cached_property
     def identity(self) -> str:
@@ -66,13 +68,11 @@ class TrainedModel(LoadedModel):
         run: the run folder.
         step: of the checkpoint.
         recipe: the run's resolved recipe.
-        model_cfg: open_clip's description of the towers.
     """
 
     run: Path
     step: int
     recipe: config.Recipe
-    model_cfg: dict[str, Any]
 
 
 def load_any(
@@ -195,23 +195,30 @@ def inference_transform(towers: model.Towers, interpolation: str) -> Callable[[I
 
 
 def _of_open_clip(name: str, pretrained: str | None, device: torch.device | str) -> LoadedModel:
-    """As open_clip's users load it; files are read with weights_only."""
+    """As open_clip's users load it; files are read with weights_only, and what asks for code to be run is refused."""
     said = f"{name},{pretrained}" if pretrained else name
     try:
-        towers, preprocess = open_clip.create_model_from_pretrained(name, pretrained, device=device)
-        tokenize = open_clip.get_tokenizer(name)
+        if name.startswith(SCHEMAS[0]):
+            untrusted.check_folder(Path(name.removeprefix(SCHEMAS[0])))
         described = open_clip.get_model_config(name)
+        towers, preprocess = open_clip.create_model_from_pretrained(name, pretrained, device=device)
+        # A description may set this too; what is said here goes before.
+        limits = {"trust_remote_code": False} if described["text_cfg"].get("hf_tokenizer_name") else {}
+        tokenize = open_clip.get_tokenizer(name, **limits)
+    except ModelError:
+        raise
     except Exception as error:  # whatever open_clip, torch, and the hub's client raise
         raise ModelError(f"{said}: open_clip cannot load it: {model.first_line(error)}") from error
     return LoadedModel(
         name=name,
         source=pretrained or name,
         description=json.dumps([said, described], sort_keys=True),
-        towers=towers.eval(),
+        towers=towers.float().eval(),  # a Hugging Face text tower may be described in half precision
         tokenize=tokenize,
         preprocess=preprocess,
         batch_size=config.EvaluateConfig().batch_size,
         workers=config.EvaluateConfig().workers,
+        model_cfg=described,
     )
 
 

@@ -6,6 +6,7 @@ Only what was recorded is said. Paths of the machine that trained are left out: 
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from itertools import islice
@@ -100,6 +101,7 @@ def write(trained: TrainedModel, name: str, library: str, parity: Mapping[str, A
         parity=parity,
         versions=", ".join(f"{package} {version}" for package, version in parity["versions"].items()),
         data=[_data(path, fingerprint, weight) for path, fingerprint, weight in _datasets(trained, environment)],
+        imported=_imported_from(trained.run),
         training=_training(trained, environment),
         recipe=yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).strip(),
         rows=[row for record in records for row in rows(record)],
@@ -214,6 +216,12 @@ def _training(trained: TrainedModel, environment: Mapping[str, Any]) -> list[tup
             for change in environment["accepted_changes"]
         ]
     return found
+
+
+def _imported_from(run: Path) -> str:
+    """What an imported run's weights are from, without places on this machine; empty for one that trained."""
+    source = str(_read(run / model.IMPORTED).get("imported", ""))
+    return source if source.startswith("hf-hub:") else re.sub("[^,:]*/", "", source)
 
 
 def _unmeasured(records: Iterable[Mapping[str, Any]]) -> list[str]:

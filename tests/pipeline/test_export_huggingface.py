@@ -31,10 +31,13 @@ def vocabulary(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory):
-    """A folder with a small BERT's description, in half precision, and its tokenizer."""
+    return write_bert(tmp_path_factory.mktemp("bert"))
+
+
+def write_bert(folder: Path) -> Path:
+    """A small BERT's description, in half precision, and its tokenizer."""
     from transformers import BertConfig, BertTokenizerFast
 
-    folder = tmp_path_factory.mktemp("bert")
     (folder / "vocab.txt").write_text("\n".join(WORDS))
     BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
     BertConfig(
