@@ -41,7 +41,8 @@ def preprocess(image: Image.Image) -> Tensor:
 
 
 def model(batch_size: int = 4) -> LoadedModel:
-    return LoadedModel("colors", "test", "colors", Towers().eval(), tokenize, preprocess, batch_size, workers=0, model_cfg={})
+    towers = Towers().eval()
+    return LoadedModel("colors", "test", "colors", towers, tokenize, preprocess, batch_size, workers=0, model_cfg={})
 
 
 def picture(color: str, number: int) -> bytes:
