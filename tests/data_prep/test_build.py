@@ -134,6 +134,7 @@ def test_workers_do_not_change_a_byte(sources, built, tmp_path):
     assert layouts.tree(out) == layouts.tree(built)
 
 
+@pytest.mark.slow
 def test_ray_does_not_change_a_byte(sources, built, tmp_path, tmp_path_factory, monkeypatch):
     """Embedded Ray, on real worker processes."""
     # Ray leaves its working folder behind in the user's temporary one.

@@ -72,6 +72,7 @@ def measure(run, data, file):
 
 
 @pytest.mark.parametrize(("world", "settings"), [(1, []), (2, ["train.sharding=fsdp2"])])
+@pytest.mark.slow
 def test_both_are_measured_and_training_goes_on_as_without(start, measured, world, settings):
     watched = ["evaluate.every_steps=1", f"evaluate.data={measured}", "checkpoint.keep_best=ema/small_test/loss"]
     plain, run = start("plain", *settings, world=world), start("run", *settings, *watched, world=world)

@@ -72,6 +72,7 @@ def test_a_launcher_that_starts_only_one_process_is_noticed(recipe, dataset, tmp
     assert "started a single process" in done.stderr
 
 
+@pytest.mark.slow
 def test_accelerate_launches_two_processes(recipe, dataset, tmp_path, runs):
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "-m"]
     trainer = ["pipeline", "train", str(recipe()), str(tmp_path / "run"), "--data", str(dataset)]
@@ -143,6 +144,7 @@ def slow_copy(rank):
     checkpoint_copy._put = put
 
 
+@pytest.mark.slow
 def test_a_copy_that_takes_longer_than_ranks_wait_for_each_other_fails_no_run(dataset, recipe, tmp_path):
     """Seven files at two seconds each, where a rank waits for five; then again, into a copy of a run that is done."""
     path, copies = recipe(train={"steps": 2, "timeout_s": 5}), (tmp_path / "copy", tmp_path / "another")

@@ -57,6 +57,7 @@ def check_snippets(run, formats):
         np.testing.assert_allclose(json.loads(done.stdout), (image_D @ text_BD.T).numpy(), atol=1e-5, err_msg=name)
 
 
+@pytest.mark.slow
 def test_the_snippet_of_a_bpe_model_gives_its_cosines(tmp_path):
     check_snippets(make_run(tmp_path / "run", VIT, TEXT, "open_clip"), ["onnx"])
 

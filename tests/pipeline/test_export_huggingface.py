@@ -114,6 +114,7 @@ def test_a_hugging_face_text_tower_is_the_same(tmp_path, bert, vision):
     assert found["differing_tokens"] == 0
 
 
+@pytest.mark.slow
 def test_a_hugging_face_tokenizer_goes_with_a_text_tower_of_open_clip_s(tmp_path, bert):
     run = with_bert(tmp_path, bert, VIT, {**SENTENCEPIECE, "vocab_size": len(WORDS)})
     found = exporting.export(run, formats=["huggingface", "open_clip"])

@@ -114,6 +114,7 @@ def test_they_are_reloaded_by_their_own_library_only(name, allowed):
     assert found - {"sys", "pathlib"} == allowed
 
 
+@pytest.mark.slow
 def test_a_tampered_export_is_not_published_and_the_others_are(run, monkeypatch, capsys):
     """A thousandth in one weight; the former export stays, and the command ends with exit code 1."""
     name = "torch_export"

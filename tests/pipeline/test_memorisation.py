@@ -140,6 +140,7 @@ def everything(rank, world, run, data, out):
     return evaluate(str(run), data, out=out, by=["source", "original_width"], further=["perturb", "memorisation"])
 
 
+@pytest.mark.slow
 def test_two_ranks_write_what_one_writes_and_it_compares(run, data, tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "0")  # which are as before afterwards
     monkeypatch.setenv("WORLD_SIZE", "1")

@@ -63,6 +63,7 @@ def test_folders_and_tars_of_the_same_images_give_the_same_figures(folders, run,
     assert {one.dataset for one in compare(tmp_path / "out", tmp_path / "out")} == {"animals.probe", "tars.probe"}
 
 
+@pytest.mark.slow
 def test_two_ranks_give_one_rank_s_figures(folders, run, tmp_path):  # noqa: F811
     alone = probe(str(run), None, *folders, out=tmp_path / "one")
     shared = run_ranks(2, _on_rank, str(run), *folders, tmp_path / "two")
