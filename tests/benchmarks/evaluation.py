@@ -1,6 +1,6 @@
 """An evaluation from start to end: ours with exact and with fast pixels, and CLIP_benchmark's command.
 
-    python -m tests.benchmarks.evaluation --photos DIR [--rounds 3] [--count 2048] [--model …] [--set …] [--amp]
+    python -m tests.benchmarks.evaluation --photos DIR [--rounds 3] [--count 4096] [--model …] [--set …] [--amp]
 
 Photos of 640 × 480, JPEG quality 90, are cut from the JPEGs below DIR, and built into a classification set (CLASSES
 classes in turn, seven prompts each) and, a quarter of them, into a retrieval set (five captions of 8 to 14 words). Each
@@ -33,7 +33,7 @@ from tests import peers
 from tests.benchmarks.loading import WORDS
 from tests.benchmarks.preparation import Cost, cut, described, timed
 
-WORKERS, THREADS, CLASSES = 2, 2, 20
+WORKERS, THREADS, CLASSES = 2, 2, 100
 TEMPLATES = ["a photo of a {c}.", "a bad photo of the {c}.", "an origami {c}.", "a photo of the large {c}."]
 TEMPLATES += ["a {c} in a video game.", "art of the {c}.", "a photo of the small {c}."]
 # Of the retrieval set; its captions take longer than its photos.
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.evaluation", description=__doc__.split("\n")[0])
     parser.add_argument("--photos", type=Path, required=True, help="folder of real photos, JPEG, in any depth")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--count", type=int, default=2048, help="photos to cut from them, several from one if need be")
+    parser.add_argument("--count", type=int, default=4096, help="photos to cut from them, several from one if need be")
     parser.add_argument("--model", choices=MODELS, action="append", help="by default all")
     parser.add_argument("--set", choices=SETS, action="append", help="by default all")
     parser.add_argument("--amp", action="store_true", help="also CLIP_benchmark in bfloat16, its default")
