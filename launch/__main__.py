@@ -2,19 +2,58 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from launch.demo import IMAGES
-from launch.job import Job, LaunchError
+from launch.job import Job, LaunchError, stages
+
+if TYPE_CHECKING:
+    from launch.cluster import AnyCluster
 
 USER_MUST_ACT = 2
 
+RunOption = Annotated[Path, typer.Option(help="The run folder; an unfinished run there goes on.")]
+RunArgument = Annotated[Path, typer.Argument(help="The run folder that was submitted with.", metavar="RUN")]
+ClusterOption = Annotated[str, typer.Option(help="A file of launch/clusters by name, or a .yaml file.")]
+WhatOption = Annotated[str, typer.Option(help="train, evaluate, export, or data (RUN is then the dataset's folder).")]
+RecipeOption = Annotated[str, typer.Option(help="A recipe's name or a .yaml file.")]
+DataOption = Annotated[
+    str,
+    typer.Option(
+        help="Sharded datasets, each with its weight; for --what data, the sources: NAME=PATH …",
+        metavar="DIR[@WEIGHT]…",
+    ),
+]
+NodesOption = Annotated[int, typer.Option(help="Machines; data is prepared in as many parts.")]
+ProcessesOption = Annotated[
+    int | None, typer.Option(help="Ranks on each node: CPU processes (gloo), or one a GPU (nccl). By cluster file.")
+]
+TimeOption = Annotated[str | None, typer.Option(help="Time limit; by cluster file.", metavar="[D-]HH:MM:SS")]
+SweepOption = Annotated[
+    list[str] | None,
+    typer.Option(help="One run for each value; several --sweep: for each combination.", metavar="KEY=VALUE,VALUE…"),
+]
+ThenOption = Annotated[
+    list[str] | None, typer.Option(help="What follows once a run is trained: evaluate, export. Repeat for both.")
+]
+EvaluateOnOption = Annotated[
+    str, typer.Option(help="Dataset for --then evaluate; by default the first of --data.", metavar="DIR")
+]
+SettingsArgument = Annotated[
+    list[str] | None,
+    typer.Argument(
+        help="Changes to the recipe, such as optim.lr=1e-3; for other stages, further words after --.",
+        metavar="[KEY=VALUE]…",
+    ),
+]
+
 app = typer.Typer(
-    help="Start the pipeline: the demo, or a training job on one or several processes of this machine.",
+    help="Start the pipeline: the demo, or jobs on this machine, SLURM or Kubernetes.",
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -41,24 +80,97 @@ def demo(
 
 @app.command()
 def submit(
-    recipe: Annotated[str, typer.Option(help="A recipe's name or a .yaml file.")],
-    data: Annotated[
-        str, typer.Option(help="Sharded datasets to train on, each with its weight.", metavar="DIR[@WEIGHT]…")
-    ],
-    run: Annotated[Path, typer.Option(help="The run folder; an unfinished run there goes on.")],
-    cluster: Annotated[str, typer.Option(help="Where to run. Known: local, this machine.")] = "local",
-    processes: Annotated[int, typer.Option(help="Ranks: CPU processes (gloo), or one a GPU (nccl).")] = 1,
-    settings: Annotated[
-        list[str] | None, typer.Argument(help="Changes to the recipe, such as optim.lr=1e-3.", metavar="[KEY=VALUE]…")
-    ] = None,
+    run: RunOption,
+    cluster: ClusterOption = "local",
+    what: WhatOption = "train",
+    recipe: RecipeOption = "",
+    data: DataOption = "",
+    nodes: NodesOption = 1,
+    processes: ProcessesOption = None,
+    time: TimeOption = None,
+    sweep: SweepOption = None,
+    then: ThenOption = None,
+    evaluate_on: EvaluateOnOption = "",
+    settings: SettingsArgument = None,
 ) -> None:
-    """Start a training job and wait for it. Exit codes are the trainer's: 0 done, 2 change something, 75 run again."""
-    from launch import local
+    """Start a job. On this machine: wait for it, and exit as it does (0 done, 2 change something, 75 run it again)."""
+    from launch import cluster as clusters
+    from launch import submission
 
-    backends = {"local": local.run}
-    if cluster not in backends:
-        raise LaunchError(f"--cluster {cluster}: not known. Known are {', '.join(backends)}.")
-    raise typer.Exit(backends[cluster](Job(recipe, data, run, processes, tuple(settings or ()))))
+    job = _job(run, what, recipe, data, nodes, processes, time, settings, sweep, then, evaluate_on)
+    site = clusters.load(cluster)
+    parts = stages(job, site.processes)
+    backend = _backend(site)
+    folder = submission.keep(run, backend.render(job, parts, site))
+    raise typer.Exit(backend.submit(job, parts, site, folder))
+
+
+@app.command()
+def render(
+    run: RunOption,
+    cluster: ClusterOption = "local",
+    what: WhatOption = "train",
+    recipe: RecipeOption = "",
+    data: DataOption = "",
+    nodes: NodesOption = 1,
+    processes: ProcessesOption = None,
+    time: TimeOption = None,
+    sweep: SweepOption = None,
+    then: ThenOption = None,
+    evaluate_on: EvaluateOnOption = "",
+    settings: SettingsArgument = None,
+) -> None:
+    """Print the scripts or manifests that `submit` would hand over, and submit nothing."""
+    from launch import cluster as clusters
+    from launch import submission
+
+    job = _job(run, what, recipe, data, nodes, processes, time, settings, sweep, then, evaluate_on)
+    site = clusters.load(cluster)
+    files = _backend(site).render(job, stages(job, site.processes), site)
+    for name, text in files.items():
+        typer.echo(f"# --- {run / submission.FOLDER / name}\n{text}" if len(files) > 1 else text, nl=False)
+
+
+@app.command()
+def cancel(run: RunArgument) -> None:
+    """Take a submitted run back. It is asked to stop, saves, and the same `submit` goes on with it."""
+    from launch import submission
+
+    found = submission.recorded(run)
+    _backend(found.cluster).cancel(found)
+
+
+def _job(
+    run: Path,
+    what: str,
+    recipe: str,
+    data: str,
+    nodes: int,
+    processes: int | None,
+    time: str | None,
+    settings: list[str] | None,
+    sweep: list[str] | None,
+    then: list[str] | None,
+    evaluate_on: str,
+) -> Job:
+    return Job(
+        run,
+        what,
+        recipe=recipe,
+        data=data,
+        nodes=nodes,
+        processes=processes,
+        time=time,
+        settings=tuple(settings or ()),
+        sweep=tuple(sweep or ()),
+        then=tuple(then or ()),
+        evaluate_on=evaluate_on,
+    )
+
+
+def _backend(site: AnyCluster) -> Any:
+    """The module that renders, submits, looks after and cancels on such a cluster; loaded when it is wanted."""
+    return importlib.import_module(f"launch.{site.backend}")
 
 
 def main(argv: list[str] | None = None) -> int:

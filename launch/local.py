@@ -1,23 +1,57 @@
-"""Runs a job on this machine, as one process or several."""
+"""Runs a job on this machine, stage after stage, each as one process or several."""
 
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import signal
 import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
 from types import FrameType
 
-from launch.job import Job
+from launch.cluster import LocalCluster
+from launch.job import Job, LaunchError, Stage, Task
 
 
-def run(job: Job) -> int:
-    """Run a job to its end and return the trainer's exit code (torchrun would make it 1; exit.json keeps it).
+def render(job: Job, stages: Sequence[Stage], cluster: LocalCluster) -> dict[str, str]:
+    """{name of a file: its text} of what would be run."""
+    lines = [f"export {name}={shlex.quote(value)}" for name, value in cluster.environment.items()]
+    lines += [shlex.join(command(stage, task)) for stage in stages for task in stage.tasks]
+    return {"commands.sh": "\n".join(lines) + "\n"}
+
+
+def submit(job: Job, stages: Sequence[Stage], cluster: LocalCluster, folder: Path) -> int:
+    """Run all tasks one after the other, and return the first exit code that is not 0."""
+    if any(stage.nodes > 1 for stage in stages):
+        raise LaunchError(f"--nodes {job.nodes}: --cluster local is one machine. Use --processes for ranks on it.")
+    for stage in stages:
+        for task in stage.tasks:
+            if code := run(stage, task, cluster.environment):
+                return code
+    return 0
+
+
+def command(stage: Stage, task: Task) -> list[str]:
+    """A task's command line; under torchrun where there are several ranks."""
+    python = [sys.executable, "-m"]
+    if stage.processes > 1:
+        python += ["torch.distributed.run", "--standalone", f"--nproc-per-node={stage.processes}", "-m"]
+    return [*python, *task.arguments]
+
+
+def run(stage: Stage, task: Task, environment: dict[str, str]) -> int:
+    """Run a task to its end and return its exit code (torchrun would make it 1; exit.json keeps it).
 
     A stop request (SIGTERM, Ctrl-C) is passed on; the trainer then saves and the code is 75.
     """
-    verdict = job.run / "exit.json"
-    verdict.unlink(missing_ok=True)
-    with subprocess.Popen(job.command(), start_new_session=True) as process:
+    verdict = task.run / "exit.json"
+    if stage.name == "train":
+        verdict.unlink(missing_ok=True)
+    variables = {**os.environ, **environment}
+    with subprocess.Popen(command(stage, task), start_new_session=True, env=variables) as process:
 
         def pass_on(number: int, frame: FrameType | None) -> None:
             process.send_signal(signal.SIGTERM)
@@ -26,6 +60,6 @@ def run(job: Job) -> int:
         code = process.wait()
         for number, handler in previous.items():
             signal.signal(number, handler)
-    if verdict.is_file():
+    if stage.name == "train" and verdict.is_file():
         return int(json.loads(verdict.read_text(encoding="utf-8"))["code"])
     return code

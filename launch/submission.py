@@ -1,0 +1,70 @@
+"""What was submitted, kept in RUN/launch: the rendered scripts, and by which ids the scheduler knows them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from launch import cluster
+from launch.job import LaunchError
+
+FOLDER = "launch"
+RECORD = "submission.json"
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """One stage at a scheduler.
+
+    Attributes:
+        stage: its name.
+        id: what the scheduler calls it.
+        runs: the run folder of each of its tasks.
+    """
+
+    stage: str
+    id: str
+    runs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Submission:
+    """All that `status`, `logs` and `cancel` need to know."""
+
+    cluster: cluster.AnyCluster
+    jobs: tuple[Submitted, ...]
+
+
+def keep(run: Path, files: dict[str, str]) -> Path:
+    """Write what will be submitted into RUN/launch, in place of what was there, and return that folder."""
+    folder = run / FOLDER
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for name, text in files.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    return folder
+
+
+def record(run: Path, submission: Submission) -> None:
+    """Say in RUN/launch what was submitted."""
+    values = {
+        "cluster": submission.cluster.model_dump(mode="json"),
+        "jobs": [asdict(one) for one in submission.jobs],
+    }
+    (run / FOLDER / RECORD).write_text(json.dumps(values, indent=1), encoding="utf-8")
+
+
+def recorded(run: Path) -> Submission:
+    """What was submitted for a run.
+
+    Raises:
+        LaunchError: nothing was.
+    """
+    path = run / FOLDER / RECORD
+    if not path.is_file():
+        raise LaunchError(f"{path} is not there: nothing was submitted with --run {run}.")
+    values = json.loads(path.read_text(encoding="utf-8"))
+    jobs = tuple(Submitted(one["stage"], one["id"], tuple(one["runs"])) for one in values["jobs"])
+    return Submission(cluster.parse(values["cluster"]), jobs)

@@ -1,0 +1,53 @@
+"""Cluster files: what they may say, and what is told of those that say something else."""
+
+from __future__ import annotations
+
+import pytest
+
+from launch import cluster
+from launch.job import LaunchError
+
+SLURM = "backend: slurm\ntime: 24:00:00\n"
+
+
+@pytest.fixture
+def written(tmp_path):
+    def write(text):
+        path = tmp_path / "site.yaml"
+        path.write_text(text)
+        return str(path)
+
+    return write
+
+
+@pytest.mark.parametrize("path", sorted(cluster.CLUSTERS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_files_that_come_along_are_whole_and_come_back_from_what_is_recorded(path):
+    found = cluster.load(path.stem)
+    assert cluster.parse(found.model_dump(mode="json")) == found
+
+
+def test_times_need_no_quotes_and_numbers_may_be_variables(written):
+    found = cluster.load(written(SLURM + "environment: {NCCL_IB_TIMEOUT: 22}\n"))
+    assert cluster.seconds(found.time) == 86_400
+    assert found.environment == {"NCCL_IB_TIMEOUT": "22"}
+    assert cluster.seconds(cluster.load(written("backend: slurm\ntime: 2-01:00:00\n")).time) == 49 * 3600
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (SLURM + "partitoin: gpu\n", "partitoin is no key of it; did you mean partition?"),
+        (SLURM + "network: infiniband2\n", "network: .*infiniband"),
+        ("backend: slurm\ntime: 1h\n", "D-.HH:MM:SS"),
+        ("backend: slurm\n", "time: Field required"),
+        ("backend: pbs\n", "backend"),
+        ("- a\n", "backend"),
+        ("a: [\n", "no YAML"),
+        (SLURM + "environment: {WANDB_API_KEY: abc}\n", "looks like a secret"),
+        ("backend: kubernetes\ntime: 1:00:00\nvolumes: [{claims: x, path: /y}]\n", "did you mean claim?"),
+    ],
+)
+def test_mistakes_are_named_with_the_fix(written, text, message):
+    with pytest.raises(LaunchError, match=message) as caught:
+        cluster.load(written(text))
+    assert "abc" not in str(caught.value)
