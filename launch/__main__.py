@@ -140,6 +140,24 @@ def cancel(run: RunArgument) -> None:
     _backend(found.cluster).cancel(found)
 
 
+@app.command(hidden=True)
+def check_node(
+    run: RunOption,
+    token: Annotated[str, typer.Option(help="A file in RUN/launch that the first node has written.")],
+    master: Annotated[str, typer.Option(help="The first node's address.")],
+    port: Annotated[int, typer.Option(help="Where the ranks will meet.")],
+    nodes: Annotated[int, typer.Option(help="How many nodes the job has.")],
+) -> None:
+    """What a job's batch script runs on each node before the program: is there what the program needs?"""
+    from launch import preflight
+
+    node = preflight.this_node(run, token, master, port, nodes)
+    problems, warnings = preflight.check(node)
+    if problems or warnings:
+        typer.echo(preflight.report(node, problems, warnings), err=True)
+    raise typer.Exit(USER_MUST_ACT if problems else 0)
+
+
 def _job(
     run: Path,
     what: str,
