@@ -5,12 +5,9 @@ Commands import what they need when they run, so that `--help` answers at once.
 
 from __future__ import annotations
 
-import contextlib
-import json
 import logging
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -18,9 +15,8 @@ import typer
 
 from data_prep.locations import UnreachableError
 from data_prep.record import DataError
-from pipeline.failure import FailedError
-
-DONE, FAILED, USER_MUST_ACT, REQUEUE = 0, 1, 2, 75
+from pipeline import machine_commands
+from pipeline.failure import DONE, FAILED, REQUEUE, USER_MUST_ACT, FailedError
 
 app = typer.Typer(
     help="Shards in, a trained, evaluated and exported CLIP-style model out.",
@@ -78,9 +74,11 @@ def train(
 ) -> None:
     """Train a recipe, or go on from the newest checkpoint in the run folder.
 
-    Exit codes: 0 trained; 2 something must be changed, the message says what; 75 asked to stop (SIGTERM, Ctrl-C) and
-    saved, so run the same command again; 1 anything else. RUN/exit.json says the same.
+    Exit codes: 0 trained; 2 something must be changed, the message says what; 75 run the same command again: it was
+    asked to stop (SIGTERM, SIGUSR1, Ctrl-C) and is saved, or other ranks or a loader process were lost, and it goes on
+    from its newest checkpoint; 1 anything else. RUN/exit.json says the same.
     """
+    stop = ending.StopRequest()
     from pipeline import config
 
     words = [*([f"data.datasets={data}"] if data else []), *(settings or [])]
@@ -90,14 +88,14 @@ def train(
         if not run_checks(config.load(recipe, words), run):
             raise typer.Exit(USER_MUST_ACT)
         return
-    with _outcome_recorded(run):
+    with ending.recorded(run):
         loaded = config.load(recipe, words)
+        from pipeline import ranks
         from pipeline.train import train as run_training
 
-        outcome = run_training(loaded, run)
-        _record_exit(run, outcome, REQUEUE if outcome == "requeue" else DONE, "")
-    if outcome == "requeue":
-        raise typer.Exit(REQUEUE)
+        with ranks.losses_told():
+            outcome = run_training(loaded, run, stop)
+    raise typer.Exit(ending.ended(run, outcome))
 
 
 @app.command()
@@ -392,40 +390,7 @@ def report(
     write_report(run, data, pairs or ())
 
 
-@app.command("plan-memory")
-def plan_memory(
-    recipe: Annotated[str, typer.Argument(help="A recipe's name (see `recipes`) or a .yaml file.", metavar="RECIPE")],
-    settings: Annotated[
-        list[str] | None,
-        typer.Argument(help="Changes to the recipe, such as train.batch_size=4096.", metavar="[KEY=VALUE]…"),
-    ] = None,
-    gpu_gb: Annotated[
-        list[float] | None,
-        typer.Option(help="A device's memory in GB, repeat for several. By default this machine's, or 24, 40, 80."),
-    ] = None,
-    world: Annotated[int, typer.Option(min=1, help="Ranks that the batch is divided by.")] = 1,
-) -> None:
-    """Say what a rank's device memory goes to, and how many pairs at a time fit; no GPU is needed."""
-    from rich.console import Console
-
-    from pipeline import config, memory
-
-    Console().print(memory.report(config.load(recipe, settings or []), world, gpu_gb or ()))
-
-
-@app.command("gpu-check")
-def gpu_check(
-    out: Annotated[Path, typer.Option(help="Where the figures are written.", metavar="FILE")] = Path("gpu-check.json"),
-    device: Annotated[str, typer.Option(help="cuda; or cpu, for the same checks at a small size.")] = "cuda",
-) -> None:
-    """Run what needs a CUDA device, for ten minutes at the most, and write what each check measured as it ends.
-
-    Exit codes: 0 all is well; 2 there is no such device; 1 a check failed, or there was no time left for it.
-    """
-    from pipeline.gpu_check import gpu_check as run_checks
-
-    if not run_checks(out, device):
-        raise typer.Exit(FAILED)
+app.add_typer(machine_commands.app)
 
 
 @app.command()
@@ -449,7 +414,7 @@ def main(argv: list[str] | None = None) -> int:
         app(argv)
     except (DataError, FailedError) as error:
         typer.echo(f"error: {error}", err=True)
-        return _code(error)
+        return ending.code_of(error)
     except SystemExit as exit_:
         return int(exit_.code or DONE)
     return DONE
@@ -460,39 +425,7 @@ def _let_loaders_run() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
-@contextlib.contextmanager
-def _outcome_recorded(run: Path) -> Iterator[None]:
-    """Leave RUN/exit.json behind when training fails, since launchers lose exit codes."""
-    if os.environ.get("RANK", "0") == "0":
-        (run / "exit.json").unlink(missing_ok=True)
-    try:
-        yield
-    except DataError as error:
-        _record_exit(run, "failed", _code(error), str(error))
-        raise
-    except BaseException as error:
-        _record_exit(run, "failed", FAILED, f"{type(error).__name__}: {error}")
-        raise
-
-
-def _code(error: Exception) -> int:
-    """A server that is out for too long is nobody's mistake: the same command may well go on later."""
-    return USER_MUST_ACT if isinstance(error, DataError) and not isinstance(error, UnreachableError) else FAILED
-
-
-def _record_exit(run: Path, status: str, code: int, reason: str) -> None:
-    """Write exit.json; the first rank that fails is the one that is heard."""
-    from pipeline.checkpoint import steps
-
-    run.mkdir(parents=True, exist_ok=True)
-    rank = int(os.environ.get("RANK", "0"))
-    if status != "failed" and rank:
-        return
-    newest = max(steps(run), default=0)
-    record = {"status": status, "code": code, "rank": rank, "step": newest, "reason": reason}
-    with contextlib.suppress(FileExistsError), (run / "exit.json").open("x", encoding="utf-8") as file:
-        json.dump(record, file)
-
-
 if __name__ == "__main__":
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        ending.leave(main)
     sys.exit(main())

@@ -16,7 +16,7 @@ OPEN_TO_PIPELINE = {"data_prep.captions", "data_prep.locations", "data_prep.mani
 COMPONENTS = (
     *("data", "loss", "evaluate", "export", "model.py", "layers.py", "pretrained.py", "average.py", "tokenizer.py"),
     *("checkpoint.py", "checkpoint_writer.py", "checkpoint_copy.py", "checkpoint_sharded.py", "sharding.py"),
-    *("backward.py", "ranks.py", "exchange.py", "tracking.py", "throughput.py", "symptoms.py"),
+    *("backward.py", "ranks.py", "network_check.py", "exchange.py", "tracking.py", "throughput.py", "symptoms.py"),
 )
 
 
