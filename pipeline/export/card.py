@@ -135,8 +135,9 @@ def _weights(parity: Mapping[str, Any]) -> str:
 
 
 def _model(trained: TrainedModel, prepared: Mapping[str, Any]) -> list[tuple[str, str]]:
-    towers, image = trained.towers, prepared["image"]
+    towers, image, logits = trained.towers, prepared["image"], prepared["logits"]
     height, width = image["size"]
+    bias = f" {logits['bias']:+.2f}" if logits["bias"] else ""
     with_text = getattr(towers, "text", towers)
     return [
         ("parameters", f"{sum(parameter.numel() for parameter in towers.parameters()):,}"),
@@ -145,7 +146,7 @@ def _model(trained: TrainedModel, prepared: Mapping[str, Any]) -> list[tuple[str
         ("text tower", f"{type(getattr(with_text, 'transformer', with_text)).__name__}"),
         ("tokens", f"{trained.tokenize.context_length} at most, of {trained.tokenize.vocab_size:,}"),
         ("embedding", f"{trained.model_cfg['embed_dim']} wide"),
-        ("temperature", f"cosines × {towers.logit_scale.exp().item():.2f} are its logits"),
+        ("temperature", f"cosines × {logits['scale']:.2f}{bias} are its logits"),
     ]
 
 

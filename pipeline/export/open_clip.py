@@ -19,6 +19,10 @@ def write(trained: TrainedModel, folder: Path) -> None:
     # What a built-in configuration says of its tokenizer; the run was trained with another or with open_clip's own.
     for name in ("hf_tokenizer_name", "tokenizer_kwargs", "tokenizer_mode"):
         model_cfg["text_cfg"].pop(name, None)
+    # open_clip has a bias on logits where its description says so, whatever the weights have.
+    model_cfg.pop("init_logit_bias", None)
+    if trained.towers.logit_bias is not None:
+        model_cfg["init_logit_bias"] = trained.recipe.loss.init_bias
     if not isinstance(trained.tokenize, tokenizer.OpenClipTokenizer):
         huggingface_tokenizer.write(trained.tokenize, folder)
         # Any name makes open_clip look for the tokenizer's files; in a local folder it looks nowhere else.

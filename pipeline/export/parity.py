@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from PIL import Image
 from data_prep import manifest
 from data_prep.record import TRAIN, DataError
 from pipeline.evaluate import sets
-from pipeline.export import own_processing
+from pipeline.export import own_processing, preparation
 from pipeline.failure import ParityError
 from pipeline.trained import TrainedModel
 
@@ -37,7 +37,7 @@ TEXTS = 128
 # Beside real captions: what tokenizers trip over.
 ODD_TEXTS = (
     *("", "  two  spaces ", "ÜMLAUTS and ½", "a &amp; b", "日本語 😀"),
-    *("<s> </s> <pad>", "tab\tand\nnewline", "long " * 90, "A\u0332B e\u0301 1\ufe0f\u20e3"),
+    *("<s> </s> <pad>", "<|endoftext|> !", "tab\tand\nnewline", "long " * 90, "A\u0332B e\u0301 1\ufe0f\u20e3"),
 )
 
 
@@ -51,7 +51,10 @@ class Inputs:
 
 
 def real_inputs(data: Path) -> Inputs:
-    """Up to 32 images and 128 captions: of an evaluation set, else of the train shards, else (it is gone) generated."""
+    """Up to 32 images and 128 captions: of an evaluation set, else of the train shards, else (it is gone) generated.
+
+    The last image is a square of the first, whose centre every library finds in the same place.
+    """
     try:
         dataset = manifest.read(data)
         named = [source for source in dataset.evaluation_sets if source.kind in ("retrieval", "selection")]
@@ -65,23 +68,25 @@ def real_inputs(data: Path) -> Inputs:
         return Inputs(
             images, [*(f"generated text number {number}" for number in range(TEXTS)), *ODD_TEXTS], "generated"
         )
-    items = items[:IMAGES]
-    texts = [text for item in items for text in item.captions][:TEXTS]
-    return Inputs([item.open() for item in items], [*texts, *ODD_TEXTS], origin)
+    images = [item.open() for item in items[: IMAGES - 1]]
+    side = min(images[0].size)
+    texts = [text for item in items[:IMAGES] for text in item.captions][:TEXTS]
+    return Inputs([*images, images[0].crop((0, 0, side, side))], [*texts, *ODD_TEXTS], origin)
 
 
-def compare(trained: TrainedModel, folder: Path, script: Path, inputs: Inputs) -> dict[str, Any]:
+def compare(trained: TrainedModel, folder: Path, scripts: Sequence[Path], inputs: Inputs) -> dict[str, Any]:
     """Embed the same inputs with the checkpoint here and with the export there.
 
     Args:
         trained: the checkpoint.
         folder: the export.
-        script: `python SCRIPT FOLDER INPUTS` loads the export with its own library only. INPUTS holds texts.json and
-            images 0000.png, 0001.png …, and, for formats without a preprocessing of their own, what ours makes of
-            them: pixels.npy (B, 3, S, S) and tokens.npy (B, L). It writes INPUTS/embeddings.npz with `images` and
-            `texts`, unit-norm float32 (B, D), and, where it tokenized the texts itself, `tokens`. Where its image
-            processor and tokenizer are not open_clip's, `images` are of pixels.npy, and `pixels` is what that processor
-            makes of the images; texts that open_clip's cleaning changes are then left out, and counted.
+        scripts: `python SCRIPT FOLDER INPUTS` loads the export with its own library only. INPUTS holds texts.json and
+            images 0000.png, 0001.png …, and, for towers without a preprocessing of their own, what ours makes of
+            them: pixels.npy (B, 3, S, S) and tokens.npy (B, L). It writes INPUTS/found.npz; together they find `images`
+            and `texts`, unit-norm float32 (B, D); `tokens`, of the texts; `logits`, logit_scale and the bias, else 0.
+            Where images and texts are not prepared by open_clip, `images` are of pixels.npy, and what the images become
+            is `pixels`, or `transformers_pixels`, whose crops may fall elsewhere; texts that open_clip's cleaning
+            changes are then left out, and counted.
 
     Returns:
         The figures of `measure`, and what they are of.
@@ -96,7 +101,9 @@ def compare(trained: TrainedModel, folder: Path, script: Path, inputs: Inputs) -
             "images": trained.towers.encode_image(pixel_BCSS, normalize=True).numpy(),
             "texts": trained.towers.encode_text(token_BL, normalize=True).numpy(),
             "tokens": token_BL.numpy(),
+            "logits": np.array(preparation.logits(trained.towers)),
         }
+    theirs: dict[str, NDArray[Any]] = {}
     with tempfile.TemporaryDirectory() as temporary:
         exchange = Path(temporary)
         for number, image in enumerate(inputs.images):
@@ -104,19 +111,25 @@ def compare(trained: TrainedModel, folder: Path, script: Path, inputs: Inputs) -
         (exchange / "texts.json").write_text(json.dumps(inputs.texts), encoding="utf-8")
         np.save(exchange / "pixels.npy", pixel_BCSS.numpy())
         np.save(exchange / "tokens.npy", ours["tokens"])
-        # -P: the script's own folder has an open_clip.py that is not the library
-        command = [sys.executable, "-P", str(script.resolve()), str(folder.resolve()), str(exchange)]
-        offline = {**os.environ, "HF_HUB_OFFLINE": "1"}
-        done = subprocess.run(command, capture_output=True, text=True, cwd=temporary, env=offline)
-        if done.returncode:
-            said = done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"]
-            raise ParityError(f"{folder}: its own library does not load it: {said[-1]}")
-        with np.load(exchange / "embeddings.npz") as file:
-            theirs = dict(file)
-    about = {"images": len(inputs.images), "texts": len(inputs.texts), "inputs": inputs.origin}
-    if "pixels" in theirs:
+        for script in scripts:
+            # -P: the script's own folder has an open_clip.py that is not the library
+            command = [sys.executable, "-P", str(script.resolve()), str(folder.resolve()), str(exchange)]
+            offline = {**os.environ, "HF_HUB_OFFLINE": "1"}
+            done = subprocess.run(command, capture_output=True, text=True, cwd=temporary, env=offline)
+            if done.returncode:
+                said = done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"]
+                raise ParityError(f"{folder}: its own library does not load it: {said[-1]}")
+            with np.load(exchange / "found.npz") as file:
+                theirs |= file
+            (exchange / "found.npz").unlink()
+    about: dict[str, Any] = {"images": len(inputs.images), "texts": len(inputs.texts), "inputs": inputs.origin}
+    others = theirs.keys() & {"pixels", "transformers_pixels"}
+    if "pixels" in others:
+        about["max_abs_pixels"] = _largest(pixel_BCSS.numpy(), theirs["pixels"])
+    if "transformers_pixels" in others:
         sizes = [image.size for image in inputs.images]
-        about |= own_processing.measure_pixels(pixel_BCSS.numpy(), theirs.pop("pixels"), sizes)
+        about |= own_processing.measure_pixels(pixel_BCSS.numpy(), theirs["transformers_pixels"], sizes)
+    if others:
         kept_B = own_processing.unchanged(inputs.texts)
         about |= {"texts": int(kept_B.sum()), "texts_changed_by_cleaning": int((~kept_B).sum())}
         ours, theirs = ({**one, **{name: one[name][kept_B] for name in ("texts", "tokens")}} for one in (ours, theirs))
@@ -127,12 +140,13 @@ def measure(ours: Mapping[str, NDArray[Any]], theirs: Mapping[str, NDArray[Any]]
     """How far apart embeddings are, and what they find.
 
     Args:
-        ours: `images` and `texts`, unit-norm (B, D), and `tokens` (B, L).
-        theirs: the same; without `tokens` where it was given ours.
+        ours: `images` and `texts`, unit-norm (B, D), `tokens` (B, L), and `logits` (2,).
+        theirs: the same.
 
     Returns:
-        max_abs over both, and of each; reordered_texts and reordered_images (see `reordered`), of those that each
-        image and each text finds; differing_tokens, how many ids differ, None where none were made.
+        max_abs over images and texts, and of each; max_abs_logits, of logit_scale and the bias; reordered_texts and
+        reordered_images (see `reordered`), of those that each image and each text finds; differing_tokens, how many ids
+        differ.
     """
     apart = {name: _largest(ours[name], theirs[name]) for name in ("images", "texts")}
     if apart["images"] < np.inf and apart["texts"] < np.inf:
@@ -145,7 +159,8 @@ def measure(ours: Mapping[str, NDArray[Any]], theirs: Mapping[str, NDArray[Any]]
         "max_abs": float(np.max(list(apart.values()))),
         **{f"max_abs_{name}": value for name, value in apart.items()},
         **{f"reordered_{name}": value for name, value in orders.items()},
-        "differing_tokens": _differing(ours["tokens"], theirs["tokens"]) if "tokens" in theirs else None,
+        "max_abs_logits": _largest(ours["logits"], theirs["logits"]),
+        "differing_tokens": _differing(ours["tokens"], theirs["tokens"]),
     }
 
 
@@ -162,13 +177,13 @@ def reordered(ours_QN: NDArray[Any], theirs_QN: NDArray[Any]) -> int:
 
 def is_equal(figures: Mapping[str, Any]) -> bool:
     """Whether an export may be published."""
-    counted = (figures["reordered_texts"], figures["reordered_images"], figures["differing_tokens"] or 0)
-    largest = figures["max_abs"], figures.get("max_abs_pixels", 0.0)
+    counted = (figures["reordered_texts"], figures["reordered_images"], figures["differing_tokens"])
+    largest = figures["max_abs"], figures["max_abs_logits"], figures.get("max_abs_pixels", 0.0)
     return all(value <= TOLERANCE for value in largest) and not any(counted)
 
 
-def _largest(ours_BD: NDArray[Any], theirs_BD: NDArray[Any]) -> float:
-    return float(np.abs(ours_BD - theirs_BD).max()) if ours_BD.shape == theirs_BD.shape else np.inf
+def _largest(ours: NDArray[Any], theirs: NDArray[Any]) -> float:
+    return float(np.abs(ours - theirs).max()) if ours.shape == theirs.shape else np.inf
 
 
 def _differing(ours_BL: NDArray[Any], theirs_BL: NDArray[Any]) -> int:

@@ -2,15 +2,16 @@
 
 {"image": {"size": [height, width], "mean", "std", "interpolation", "resize_mode"}, as in open_clip_config.json: the
 image is resized until it covers the size, its centre cut out, and of 0 to 1 the mean is taken, then divided by std;
-"text": {"tokenizer", "context_length", "start_id", "end_id", "pad_id"}}: a text's blanks are evened out, it is cut to
+"text": {"tokenizer", "context_length", "start_id", "end_id", "pad_id"}: a text's blanks are evened out, it is cut to
 the context length, start and end included, and filled up with pad_id. `tokenizer` is the file beside it:
 sentencepiece.model for sentencepiece, which adds neither start nor end, or tokenizer.json for tokenizers, which adds
-both.
+both; "logits": {"scale", "bias"}: cosine × scale + bias is what the model was trained to make of a pair.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,11 @@ def write(trained: TrainedModel, folder: Path) -> None:
         theirs = huggingface_tokenizer.converted(trained.tokenize)
         if not theirs.is_fast:
             raise ExportError(f"{type(theirs).__name__} has no {TOKENIZERS}, so that no other tool could be given it.")
-        theirs.backend_tokenizer.save(str(folder / TOKENIZERS))
+        found = json.loads(theirs.backend_tokenizer.to_str())
+        if theirs.split_special_tokens:
+            # `tokenizers` would take what spells one for the token, such as each `!` where that is CLIP's padding.
+            found["added_tokens"] = []
+        (folder / TOKENIZERS).write_text(json.dumps(found, ensure_ascii=False), encoding="utf-8")
     (folder / NAME).write_text(json.dumps(about(trained), indent=1), encoding="utf-8")
 
 
@@ -56,4 +61,10 @@ def about(trained: TrainedModel) -> dict[str, Any]:
     if isinstance(tokenize, SentencePieceTokenizer):
         text |= {"tokenizer": SENTENCEPIECE, "start_id": tokenize.bos_id}
     text |= {"end_id": tokenize.end_id, "pad_id": tokenize.pad_id}
-    return {"image": image, "text": text}
+    scale, bias = logits(towers)
+    return {"image": image, "text": text, "logits": {"scale": math.exp(scale), "bias": bias}}
+
+
+def logits(towers: model.Towers) -> tuple[float, float]:
+    """What makes logits of cosines: logit_scale, the factor's logarithm, and the sigmoid loss's bias, else 0."""
+    return towers.logit_scale.item(), 0.0 if towers.logit_bias is None else towers.logit_bias.item()

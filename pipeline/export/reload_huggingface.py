@@ -2,7 +2,7 @@
 
 Run as a script in a process of its own, so that nothing of this pipeline is loaded: what it writes is transformers'.
 INPUTS holds texts.json, images 0000.png, 0001.png …, and pixels.npy, what open_clip's transform makes of them;
-embeddings.npz is written beside them, of those pixels, with what the folder's own processor makes of the images.
+found.npz is written beside them, of those pixels, with what the folder's own processor makes of the images.
 """
 
 import json
@@ -30,9 +30,10 @@ def main(folder: Path, inputs: Path) -> None:
         "images": torch.nn.functional.normalize(image_BD, dim=-1).numpy(),
         "texts": torch.nn.functional.normalize(text_BD, dim=-1).numpy(),
         "tokens": tokens.input_ids.numpy(),
-        "pixels": processor(images=images, return_tensors="np").pixel_values,
+        "logits": np.array([model.logit_scale.item(), 0.0]),
+        "transformers_pixels": processor(images=images, return_tensors="np").pixel_values,
     }
-    np.savez(inputs / "embeddings.npz", **found)
+    np.savez(inputs / "found.npz", **found)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ def main(folder: Path, inputs: Path) -> None:
         rows = np.load(inputs / f"{name}.npy")
         parts = [session.run(["embeddings"], {name: part})[0] for part in (rows[:1], rows[1:])]
         found[output] = np.concatenate(parts)
-    np.savez(inputs / "embeddings.npz", images=found["images"], texts=found["texts"])
+    np.savez(inputs / "found.npz", images=found["images"], texts=found["texts"])
 
 
 if __name__ == "__main__":

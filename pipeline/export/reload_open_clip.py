@@ -20,13 +20,15 @@ def main(folder: Path, inputs: Path) -> None:
     images = torch.stack([preprocess(Image.open(path)) for path in sorted(inputs.glob("*.png"))])
     tokens = tokenize(json.loads((inputs / "texts.json").read_text(encoding="utf-8")))
     model.eval()
+    zero = torch.zeros(())
     with torch.inference_mode():
         found = {
             "images": model.encode_image(images, normalize=True),
             "texts": model.encode_text(tokens, normalize=True),
             "tokens": tokens,
+            "logits": torch.stack([model.logit_scale, zero if model.logit_bias is None else model.logit_bias]),
         }
-    np.savez(inputs / "embeddings.npz", **{name: tensor.numpy() for name, tensor in found.items()})
+    np.savez(inputs / "found.npz", **{name: tensor.numpy() for name, tensor in found.items()})
 
 
 if __name__ == "__main__":

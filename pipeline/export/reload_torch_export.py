@@ -18,7 +18,7 @@ def main(folder: Path, inputs: Path) -> None:
         rows = torch.from_numpy(np.load(inputs / f"{name}.npy"))
         with torch.inference_mode():
             found[output] = torch.cat([module(part) for part in (rows[:1], rows[1:])]).numpy()
-    np.savez(inputs / "embeddings.npz", images=found["images"], texts=found["texts"])
+    np.savez(inputs / "found.npz", images=found["images"], texts=found["texts"])
 
 
 if __name__ == "__main__":

@@ -29,25 +29,28 @@ class Format(NamedTuple):
 
     Attributes:
         write: into an empty folder; what the format cannot hold is an ExportError.
-        reload: the script that loads it with its own library (see parity.compare).
+        reload: the scripts that load it with its own libraries (see parity.compare).
         packages: whose versions parity.json keeps; without them there is no export.
         library: what a model hub calls the library that loads it.
     """
 
     write: Callable[[TrainedModel, Path], None]
-    reload: Path
+    reload: tuple[Path, ...]
     packages: tuple[str, ...]
     library: str
 
 
 # How each is loaded by hand stands in snippets/FORMAT.py.
+PREPARATION = HERE / "reload_preparation.py"
 FORMATS = {
     "open_clip": Format(
-        open_clip.write, HERE / "reload_open_clip.py", ("open_clip_torch", "transformers"), "open_clip"
+        open_clip.write, (HERE / "reload_open_clip.py",), ("open_clip_torch", "transformers"), "open_clip"
     ),
-    "huggingface": Format(huggingface.write, HERE / "reload_huggingface.py", ("transformers", "timm"), "transformers"),
-    "onnx": Format(onnx.write, HERE / "reload_onnx.py", ("onnxruntime", "onnx", "onnxscript"), "onnx"),
-    "torch_export": Format(torch_export.write, HERE / "reload_torch_export.py", ("torch",), "pytorch"),
+    "huggingface": Format(
+        huggingface.write, (HERE / "reload_huggingface.py",), ("transformers", "timm"), "transformers"
+    ),
+    "onnx": Format(onnx.write, (HERE / "reload_onnx.py", PREPARATION), ("onnxruntime", "onnx", "onnxscript"), "onnx"),
+    "torch_export": Format(torch_export.write, (HERE / "reload_torch_export.py", PREPARATION), ("torch",), "pytorch"),
 }
 
 
@@ -134,7 +137,8 @@ def _publish(
         if not parity.is_equal(found):
             raise ParityError(
                 f"{final} was not written. On {found['inputs']}, embeddings differ by up to {found['max_abs']:.1e} "
-                f"(allowed: {parity.TOLERANCE:.0e}), {found['differing_tokens'] or 0} token ids differ, and "
+                f"(allowed: {parity.TOLERANCE:.0e}), pixels by {found.get('max_abs_pixels', 0.0):.1e}, logit_scale and "
+                f"bias by {found['max_abs_logits']:.1e}, {found['differing_tokens']} token ids differ, and "
                 f"{found['reordered_texts']} texts and {found['reordered_images']} images rank elsewhere. The "
                 "libraries may not fit the ones that trained: compare their versions with RUN/environment.json."
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import sentencepiece
@@ -49,12 +50,13 @@ def train_vocabulary(path, kind="bpe", size=120, **options):
     return path
 
 
-def make_run(run, vision, text, kind, vocabulary=None, **settings):
-    """A run folder with one checkpoint of random weights."""
+def make_run(run, vision, text, kind, vocabulary=None, loss="info_nce", **settings):
+    """A run folder with one checkpoint of random weights; a bias on logits is -7."""
     recipe = config.parse(
         {
             "model": {"config": {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}, **settings},
             "tokenizer": {"kind": kind},
+            "loss": {"kind": loss},
             "train": {"steps": 1, "batch_size": 2},
         },
         "test",
@@ -64,7 +66,7 @@ def make_run(run, vision, text, kind, vocabulary=None, **settings):
         (run / "tokenizer" / "sentencepiece.model").write_bytes(vocabulary.read_bytes())
     checkpoints.write_atomically(run / "config.yaml", recipe.to_yaml())
     torch.manual_seed(1)
-    towers = model.build(model.model_cfg("", recipe.model.config))
+    towers = model.build(model.model_cfg("", recipe.model.config), init_bias=-7.0 if loss == "sigmoid" else None)
     checkpoints.publish(run, Checkpoint(1, towers.state_dict(), {}, {}))
     return run
 
@@ -97,6 +99,23 @@ def test_a_normalisation_of_the_run_s_own_is_the_same_in_open_clip(tmp_path):
     assert exporting.export(run, formats=["open_clip"])["open_clip"]["max_abs"] <= 1e-5
     written = json.loads((run / "export" / "open_clip" / "open_clip_config.json").read_text())["preprocess_cfg"]
     assert (written["mean"], written["std"]) == (mean, std)
+
+
+def test_the_sigmoid_loss_s_bias_is_the_same_in_open_clip(tmp_path):
+    import open_clip
+
+    run = make_run(tmp_path / "run", VIT, TEXT, "open_clip", loss="sigmoid")
+    found = exporting.export(run, formats=["open_clip"])["open_clip"]
+    assert (found["max_abs_logits"], found["differing_tokens"]) == (0.0, 0)
+    assert open_clip.create_model(f"local-dir:{run / 'export/open_clip'}").logit_bias.item() == -7.0
+    assert "-7.00 are its logits" in (run / "export/open_clip/README.md").read_text()
+
+
+def test_a_bias_that_only_a_description_has_stays_behind(tmp_path):
+    """As in open_clip's own of SigLIP, here trained by InfoNCE."""
+    trained = loading.load(make_run(tmp_path / "run", VIT, TEXT, "open_clip"))
+    writer.write(replace(trained, model_cfg={**trained.model_cfg, "init_logit_bias": -10}), tmp_path)
+    assert "init_logit_bias" not in json.loads((tmp_path / "open_clip_config.json").read_text())["model_cfg"]
 
 
 def test_what_differs_is_not_published(tmp_path, vocabulary, monkeypatch):
@@ -206,7 +225,8 @@ def test_options_without_a_counterpart_are_refused(tmp_path):
 def test_real_inputs_come_from_the_data_and_else_are_generated(dataset, tmp_path):
     found = parity.real_inputs(dataset)
     assert found.origin == "train/00000.tar"  # this dataset has no evaluation set
-    assert len(found.images) == 16
+    assert len(found.images) == 17
+    assert [image.size for image in found.images[-2:]] == [(24, 20), (20, 20)]
     assert found.texts[0].startswith(("picture number", "noise"))
     assert set(parity.ODD_TEXTS) <= set(found.texts)
     assert parity.real_inputs(tmp_path / "gone").origin == "generated"

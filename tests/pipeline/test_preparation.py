@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
+from PIL import Image
 from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from pipeline import trained as loading
-from pipeline.export import preparation
+from pipeline.export import preparation, reload_preparation
 from pipeline.export.huggingface_tokenizer import ExportError
 from pipeline.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer
 from tests.pipeline.test_export import TEXT, VIT, make_run, train_vocabulary
 
-TEXTS = ["red star", "  blue \t circle ", "", "red star " * 30]
+TEXTS = ["red star", "  blue \t circle ", "", "red star " * 30, "a ball ! Two!", "<|endoftext|> red"]
 
 
 @pytest.fixture
@@ -75,3 +77,24 @@ def test_the_image_s_part_is_what_the_towers_and_the_recipe_say(trained, tmp_pat
     assert image["size"] == [16, 16]
     assert (image["interpolation"], image["resize_mode"]) == ("bicubic", "shortest")
     assert [round(value, 3) for value in (*image["mean"], *image["std"])] == [0.481, 0.458, 0.408, 0.269, 0.261, 0.276]
+
+
+@pytest.mark.parametrize("size", [16, [16, 40], [40, 16]])
+def test_the_script_that_the_gate_runs_prepares_as_open_clip_does(tmp_path, size):
+    run = make_run(tmp_path / "run", {**VIT, "image_size": size}, TEXT, "open_clip", image_mean=[0.1, 0.2, 0.3])
+    trained = loading.load(run)
+    preparation.write(trained, tmp_path)
+    random = np.random.default_rng(0)
+    images = [
+        Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8))
+        for height, width in [(16, 16), (19, 16), (50, 31), (40, 67), (16, 40), (7, 5)]
+    ]
+    for number, image in enumerate(images):
+        image.save(tmp_path / f"{number}.png")
+    (tmp_path / "texts.json").write_text(json.dumps(TEXTS))
+    reload_preparation.main(tmp_path, tmp_path)
+    with np.load(tmp_path / "found.npz") as found:
+        ours = np.stack([trained.preprocess(image).numpy() for image in images])
+        np.testing.assert_allclose(found["pixels"], ours, atol=1e-6)
+        assert found["tokens"].tolist() == trained.tokenize(TEXTS).tolist()
+        np.testing.assert_allclose(found["logits"], [np.log(1 / 0.07), 0.0], atol=1e-6)
