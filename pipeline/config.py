@@ -278,7 +278,9 @@ class EvaluateConfig(Component):
     """How a checkpoint is measured, and when while training."""
 
     batch_size: PositiveInt = Field(256, description="images or texts at a time")
-    workers: Annotated[int, Field(ge=0)] = Field(2, description="loader processes")
+    workers: Annotated[int, Field(ge=0)] = Field(
+        2, description="threads that load and embed images; on a GPU, processes that load them"
+    )
     transform: Literal["exact", "fast"] = Field(
         "exact",
         description="how images are read while training: open_clip's own pixels, or `fast`, which differ by rounding",

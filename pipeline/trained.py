@@ -36,7 +36,7 @@ class LoadedModel:
         tokenize: (B,) texts → (B, L) int64.
         preprocess: a PIL image → (3, S, S) float32: open_clip's own transform for inference, or what stands in for it.
         batch_size: images or texts at a time, as the run's recipe says, or a recipe's default.
-        workers: loader processes, so too.
+        workers: of threads or processes (see embed.Embedder), so too.
         model_cfg: open_clip's description of the towers.
     """
 
@@ -200,8 +200,14 @@ def _of_open_clip(name: str, pretrained: str | None, device: torch.device | str)
     try:
         if name.startswith(SCHEMAS[0]):
             untrusted.check_folder(Path(name.removeprefix(SCHEMAS[0])))
-        described = open_clip.get_model_config(name)
-        towers, preprocess = open_clip.create_model_from_pretrained(name, pretrained, device=device)
+        model_cfg = described = open_clip.get_model_config(name)
+        changed = {}
+        if name.startswith(SCHEMAS[0]):
+            # open_clip would look for it in the working directory.
+            model_cfg = model.with_kept_text(described, Path(name.removeprefix(SCHEMAS[0])))
+        if model_cfg != described:
+            changed = {"text_cfg": {**model_cfg["text_cfg"], "hf_model_pretrained": False}}
+        towers, preprocess = open_clip.create_model_from_pretrained(name, pretrained, device=device, **changed)
         # A description may set this too; what is said here goes before.
         limits = {"trust_remote_code": False} if described["text_cfg"].get("hf_tokenizer_name") else {}
         tokenize = open_clip.get_tokenizer(name, **limits)
@@ -218,7 +224,7 @@ def _of_open_clip(name: str, pretrained: str | None, device: torch.device | str)
         preprocess=preprocess,
         batch_size=config.EvaluateConfig().batch_size,
         workers=config.EvaluateConfig().workers,
-        model_cfg=described,
+        model_cfg=model_cfg,
     )
 
 

@@ -45,7 +45,7 @@ class Evaluators:
         preprocess: a PIL image → (3, S, S) float32 (see trained.inference_transform).
         batch_size: images or texts that a rank embeds at a time; figures equal those of `pipeline evaluate` bit for
             bit where it has the same.
-        workers: loader processes a rank.
+        workers: threads a rank that load and embed images, or processes that load them (see embed.Embedder).
         rank: this rank.
         world: ranks.
         global_batch: pairs a step in training, for SET/loss; None leaves that out.

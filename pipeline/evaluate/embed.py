@@ -16,10 +16,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset
 
 from pipeline import exchange
 from pipeline.data.plan import rank_bounds
+from pipeline.evaluate.lanes import in_lanes
 from pipeline.evaluate.pixels import Preprocess, pixels
 from pipeline.evaluate.sets import EvaluationError, Item
 from pipeline.evaluate.short_texts import encode_texts
@@ -105,7 +107,7 @@ class Embedder:
         model: the same on every rank. Where its weights are cut over ranks (FSDP2), `encode_image` and `encode_text`
             must be registered as forward methods; every rank calls them equally often.
         batch_size: images or texts that a rank embeds at a time; on a CPU no more than MOST_ON_CPU.
-        workers: loader processes a rank.
+        workers: threads a rank that load and embed images, or where towers are no CPU's, processes that load them.
         rank: this rank.
         world: ranks.
         cache: where embeddings are kept; None for nowhere.
@@ -219,22 +221,30 @@ class Cropped(Dataset[Tensor]):
         return self.crop(self.items[index])
 
 
-# Without gradients, but not in inference mode: what towers keep from call to call must still serve training.
-@torch.no_grad()
 def embed_images(model: Model, items: Sequence[Item], *, batch_size: int, workers: int) -> Tensor:
-    """(N, D) float32 on the CPU, unit-norm rows in the order of `items`; torch's random state stays as it is."""
+    """(N, D) float32 on the CPU, unit-norm rows in the order of `items`; torch's random state stays as it is.
+
+    On a CPU `workers` threads take batch after batch from file to embedding; elsewhere so many processes load them.
+    """
     parameter = next(model.towers.parameters())
     crop, finish = pixels(model.preprocess, parameter.device)
-    loader = DataLoader(
-        Cropped(items, crop),
-        batch_size=_fitting(batch_size, parameter.device),
-        num_workers=workers,
-        generator=torch.Generator(),  # else it takes a seed for its workers from torch's own
-    )
-    batches = [
-        model.towers.encode_image(finish(image).to(parameter.dtype), normalize=True).float().cpu() for image in loader
-    ]
-    return _finite(torch.cat(batches), "image")
+    size = _fitting(batch_size, parameter.device)
+
+    # Without gradients, but not in inference mode: what towers keep from call to call must still serve training.
+    @torch.no_grad()
+    def encode(image_BCSS: Tensor) -> Tensor:
+        feature_BD = model.towers.encode_image(finish(image_BCSS).to(parameter.dtype), normalize=True)
+        return feature_BD.float().cpu()
+
+    # Where weights are cut over ranks, these run the towers in step.
+    if parameter.device.type == "cpu" and not any(isinstance(one, DTensor) for one in model.towers.parameters()):
+        parts = [items[begin : begin + size] for begin in range(0, len(items), size)]
+        done = in_lanes(lambda part: encode(torch.stack([crop(item) for item in part])), parts, workers)
+    else:
+        generator = torch.Generator()  # else it takes a seed for its workers from torch's own
+        loader = DataLoader(Cropped(items, crop), batch_size=size, num_workers=workers, generator=generator)
+        done = [encode(image_BCSS) for image_BCSS in loader]
+    return _finite(torch.cat(done), "image")
 
 
 @torch.no_grad()

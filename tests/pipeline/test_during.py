@@ -191,7 +191,7 @@ def test_a_failure_on_one_rank_is_one_of_all(run, data):
 def test_training_is_left_as_it_was(run, data):
     """Modes (a locked tower's is its own), gradients, torch's random numbers; and autocast is not taken over."""
     alone, _ = measured(0, 1, run, data)
-    sets, trained = evaluators(run, data, workers=1)
+    sets, trained = evaluators(run, data, workers=2)
     towers = trained.towers.train()
     towers.visual.eval()
     modes = [module.training for module in towers.modules()]
@@ -205,6 +205,13 @@ def test_training_is_left_as_it_was(run, data):
     assert all(parameter.grad is None and parameter.requires_grad for parameter in towers.parameters())
     embedding = towers.encode_text(trained.tokenize(["a"]))
     embedding.sum().backward()  # nothing that the towers keep was made for inference only
+
+
+def test_embeddings_are_the_same_in_any_number_of_lanes(run, data):
+    trained = loading.load(run)
+    items = measures.open_set(measures.choose(data, ["pairs_test"])[0]).items
+    found = [embed_images(trained, items, batch_size=5, workers=workers) for workers in (0, 1, 2, 7)]
+    assert all(torch.equal(image_ND, found[0]) for image_ND in found)
 
 
 def test_intervals_are_not_resampled(run, data, monkeypatch):
