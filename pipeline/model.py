@@ -127,7 +127,7 @@ def keep_text(config: Mapping[str, Any], run: Path) -> None:
 
 
 def with_kept_text(config: Mapping[str, Any], run: Path) -> dict[str, Any]:
-    """The same model_cfg, of a Hugging Face text tower with what `keep_text` wrote in place of its name, if it did."""
+    """The same model_cfg, with what a run or an export keeps of a Hugging Face text tower in place of its name."""
     folder, text_cfg = run / KEPT_TEXT, dict(config["text_cfg"])
     if "hf_model_name" in text_cfg and (folder / "config.json").is_file():
         text_cfg["hf_model_name"] = str(folder)

@@ -17,12 +17,12 @@ CODE = ("auto_map", "custom_pipelines", "trust_remote_code")
 
 
 def check_folder(folder: Path) -> None:
-    """See that no JSON file in a folder asks for code, and that no index of weights leads out of it.
+    """See that no JSON file in a folder, or below it, asks for code, and that no index of weights leads out of it.
 
     Raises:
         ModelError: one does, or is not JSON.
     """
-    for path in sorted(folder.glob("*.json")):
+    for path in sorted(folder.rglob("*.json")):
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:

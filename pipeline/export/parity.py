@@ -115,7 +115,7 @@ def compare(trained: TrainedModel, folder: Path, scripts: Sequence[Path], inputs
             # -P: the script's own folder has an open_clip.py that is not the library
             command = [sys.executable, "-P", str(script.resolve()), str(folder.resolve()), str(exchange)]
             offline = {**os.environ, "HF_HUB_OFFLINE": "1"}
-            done = subprocess.run(command, capture_output=True, text=True, cwd=temporary, env=offline)
+            done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=offline)
             if done.returncode:
                 said = done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"]
                 raise ParityError(f"{folder}: its own library does not load it: {said[-1]}")

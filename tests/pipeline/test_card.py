@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -22,6 +23,7 @@ from pipeline.evaluate.statistics import Sampled
 from pipeline.export import card
 from pipeline.export import run as exporting
 from tests.pipeline.test_export import EOS_POOL, TEXT, TIMM, VIT, make_run, train_vocabulary
+from tests.pipeline.test_export_huggingface import bert_text, with_bert, write_bert
 
 TEXTS = ["a red circle", "a blue star"]
 FIGURES = {
@@ -78,6 +80,16 @@ def test_the_snippets_of_a_sentencepiece_model_with_a_timm_tower_give_its_cosine
 def test_the_snippet_of_a_model_of_oblong_pictures_gives_its_cosines(tmp_path):
     run = make_run(tmp_path / "run", {**VIT, "image_size": [16, 40]}, TEXT, "open_clip")
     check_snippets(run, ["onnx", "torch_export"])
+
+
+@pytest.mark.slow
+def test_the_snippets_of_a_hugging_face_text_tower_give_its_cosines_in_every_format(tmp_path):
+    """Whose folder, in half precision there, is gone by then."""
+    (tmp_path / "bert").mkdir()
+    bert = write_bert(tmp_path / "bert")
+    run = with_bert(tmp_path / "run", bert, VIT, bert_text(bert))
+    shutil.rmtree(bert)
+    check_snippets(run, list(exporting.FORMATS))
 
 
 def test_every_format_has_a_snippet():

@@ -69,10 +69,11 @@ def exported(run: Path) -> dict[str, object]:
 
 
 def with_bert(run: Path, bert: Path, vision: dict[str, object], text: dict[str, object]) -> Path:
-    from pipeline import tokenizer
+    from pipeline import model, tokenizer
 
     make_run(run, vision, text, "huggingface")
     tokenizer.store("huggingface", bert, run / "tokenizer")
+    model.keep_text({"text_cfg": text}, run)
     return run
 
 

@@ -182,7 +182,9 @@ def test_a_hugging_face_text_tower_and_the_sigmoid_loss_s_bias(tmp_path):
     (tmp_path / "bert").mkdir()
     bert = write_bert(tmp_path / "bert")
     first = with_bert(tmp_path / "first", bert, VIT, bert_text(bert))
+    shutil.rmtree(bert)
     folder = exported(open_clip_folder, first, tmp_path / "exported")
+    same(embedded(folder), embedded(first))
     importing.import_run(str(folder), tmp_path / "run")
     same(embedded(tmp_path / "run"), embedded(first))
     described = json.loads((tmp_path / "run/model.json").read_text())["model_cfg"]["text_cfg"]
@@ -274,9 +276,11 @@ def test_what_asks_for_code_or_for_files_elsewhere_is_refused_before_it_is_loade
         ("model.safetensors.index.json", {"weight_map": {"logit_scale": "/etc/passwd"}}, "/etc/passwd"),
         ("model.safetensors.index.json", {"weight_map": {"logit_scale": 3}}, "3"),
         ("open_clip_config.json", {"model_cfg": {"tokenizer_kwargs": {"trust_remote_code": True}}}, "trust_remote"),
+        ("text_tower/config.json", {"auto_map": {"AutoConfig": "modeling.Config"}}, "auto_map"),
     ]):  # fmt: skip
         folder = shutil.copytree(clip_folder, tmp_path / f"clip{number}")
         (folder / "modeling.py").write_text(f"import pathlib; pathlib.Path({str(ran)!r}).touch()")
+        (folder / name).parent.mkdir(exist_ok=True)
         known = json.loads((folder / name).read_text()) if (folder / name).is_file() else {}
         (folder / name).write_text(json.dumps({**known, **changes}))
         with pytest.raises(ModelError, match=message):
