@@ -140,6 +140,29 @@ def cancel(run: RunArgument) -> None:
     _backend(found.cluster).cancel(found)
 
 
+@app.command()
+def doctor(
+    cluster: ClusterOption = "local",
+    folder: Annotated[Path, typer.Option(help="Where run folders will be.", metavar="DIR")] = Path("runs"),
+    nodes: Annotated[int, typer.Option(min=1, help="How many nodes jobs will have.")] = 2,
+    wait: Annotated[int, typer.Option(min=1, help="Seconds that the job which is tried may wait for nodes.")] = 120,
+) -> None:
+    """Check a site, also by a job that sums numbers over its nodes, and say what to change.
+
+    Exit codes: 0 jobs will run; 2 something must be changed first.
+    """
+    from rich.console import Console
+
+    from launch import cluster as clusters
+    from launch import doctor as checks
+
+    console = Console()
+    with console.status("checking"):
+        findings = list(checks.doctor(clusters.load(cluster), folder, nodes, wait))
+    console.print(checks.table(findings))
+    raise typer.Exit(USER_MUST_ACT if any(one.state == "fail" for one in findings) else 0)
+
+
 @app.command(hidden=True)
 def check_node(
     run: RunOption,
