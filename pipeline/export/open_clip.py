@@ -1,8 +1,8 @@
 """A folder that plain open_clip loads as `local-dir:FOLDER`: configuration, weights, tokenizer.
 
-A Hugging Face text tower is built by open_clip from what its name on the hub says. Where a folder described it, or it is
-in half precision there, the description is in text_tower, which open_clip looks for in the working directory: such an
-export is loaded from within its folder.
+A Hugging Face text tower is built by open_clip from what its name on the hub says. Where a folder described it, or in
+half precision, the description is in text_tower, which open_clip looks for in the working directory: such an export is
+loaded from within its folder.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -116,6 +117,25 @@ def test_a_bias_that_only_a_description_has_stays_behind(tmp_path):
     trained = loading.load(make_run(tmp_path / "run", VIT, TEXT, "open_clip"))
     writer.write(replace(trained, model_cfg={**trained.model_cfg, "init_logit_bias": -10}), tmp_path)
     assert "init_logit_bias" not in json.loads((tmp_path / "open_clip_config.json").read_text())["model_cfg"]
+
+
+def test_a_text_tower_of_the_hub_s_goes_by_its_name_but_for_half_precision_and_folders(tmp_path):
+    from transformers import AutoConfig, BertConfig
+
+    (tmp_path / "bert").mkdir()
+    for dtype, name, built_from in (
+        (None, "google-bert/bert-base-uncased", "google-bert/bert-base-uncased"),
+        ("float32", "google-bert/bert-base-uncased", "google-bert/bert-base-uncased"),
+        ("bfloat16", "google-bert/bert-base-uncased", "./text_tower"),
+        ("float32", str(tmp_path / "bert"), "./text_tower"),
+        ("float32", str(tmp_path / "gone"), "./text_tower"),
+    ):
+        assert writer._text_tower(name, BertConfig(dtype=dtype, hidden_size=24), tmp_path / "out") == built_from
+        assert (tmp_path / "out/text_tower").is_dir() is (built_from == "./text_tower")
+        if built_from == "./text_tower":
+            described = AutoConfig.from_pretrained(tmp_path / "out/text_tower")
+            assert (described.dtype, described.hidden_size) == (torch.float32, 24)
+            shutil.rmtree(tmp_path / "out")
 
 
 def test_what_differs_is_not_published(tmp_path, vocabulary, monkeypatch):
