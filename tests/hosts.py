@@ -74,7 +74,11 @@ class Machines(Protocol):
 
 
 class Hosts:
-    """Real hosts, as far as one kernel can tell. Root only."""
+    """Real hosts, as far as one kernel can tell. Root only.
+
+    Attributes:
+        link: this machine's end of its cable to the switch.
+    """
 
     def __init__(self, folder: Path, names: Sequence[str]) -> None:
         """Lay the cables; `folder` is for hosts files and logs."""
@@ -95,11 +99,11 @@ class Hosts:
     def _lay_cable_to_login(self) -> str:
         """A subnet that is nobody else's: whose the link of that name is, his is the subnet."""
         for subnet in random.sample(SUBNETS, len(SUBNETS)):
-            self._link = "slurm-" + subnet.partition(".")[2]
-            added = f"ip link add {self._link} type veth peer name login netns {self._switch.pid}"
+            self.link = "slurm-" + subnet.partition(".")[2]
+            added = f"ip link add {self.link} type veth peer name login netns {self._switch.pid}"
             if _run(added.split(), check=False) == 0:
-                _run(f"ip address add {subnet}.{LOGIN}/24 dev {self._link}".split())
-                _run(f"ip link set {self._link} up".split())
+                _run(f"ip address add {subnet}.{LOGIN}/24 dev {self.link}".split())
+                _run(f"ip link set {self.link} up".split())
                 return subnet
         raise OSError("no subnet is free")
 
@@ -146,7 +150,7 @@ class Hosts:
             self.plug(name)
 
     def stop(self) -> None:
-        _run(f"ip link delete {self._link}".split(), check=False)
+        _run(f"ip link delete {self.link}".split(), check=False)
         for kept in self._kept.values():
             kept.ask()
         for kept in (*self._kept.values(), self._switch):

@@ -42,8 +42,9 @@ SETTINGS = {
     "PreemptMode": "REQUEUE",
     "ReturnToService": 2,
     "SchedulerParameters": "sched_interval=1,bf_interval=1",
-    "SlurmdTimeout": 5,
-    "MessageTimeout": 5,
+    "SlurmdTimeout": 3,
+    "MessageTimeout": 4,
+    "TCPTimeout": 1,
     "InactiveLimit": 30,
     "KillWait": 3,
     "MailProg": "/bin/true",
@@ -182,25 +183,31 @@ class Cluster:
             time.sleep(0.1)
         return found
 
-    def task(self, job: str, rank: int, step: str = "0") -> int:
-        """The process id on this machine of what srun started as one rank."""
+    def tasks(self, job: str, step: str = "0") -> dict[int, int]:
+        """The process id, on this machine, of each rank that srun has started and that has not ended."""
+        found = {}
         for name in filter(self.machines.running, self.names):
             listed = [*self.machines.inside(name), "scontrol", "listpids", f"{job}.{step}", name]
             done = subprocess.run(listed, env=self.env, capture_output=True, text=True, timeout=COMMAND_S)
             for line in done.stdout.splitlines():
-                if line.split()[-1] == str(rank):
-                    return int(line.split()[0])
-        raise AssertionError(f"job {job} has no rank {rank} in step {step}")
+                pid, *_, rank = line.split()
+                if rank.isdecimal():
+                    found[int(rank)] = int(pid)
+        return found
 
     # Faults; `machines` has those of cables and names.
 
     def kill_task(self, job: str, rank: int, step: str = "0") -> None:
         """SIGKILL what srun started as one rank, and that process only."""
-        os.kill(self.task(job, rank, step), signal.SIGKILL)
+        os.kill(self.tasks(job, step)[rank], signal.SIGKILL)
 
     def kill_node(self, name: str) -> None:
         """Cut a node's power: slurmd and all tasks are gone, and nobody is told."""
         self.machines.kill(name)
+
+    def report_down(self, name: str) -> None:
+        """Tell slurmctld that a node is down, which it would see by itself after some fifteen seconds."""
+        self.run("scontrol", "update", f"NodeName={name}", "State=DOWN", "Reason=reported")
 
     def start_node(self, name: str) -> None:
         """Start a node that does not run; see wait_nodes."""
@@ -263,7 +270,7 @@ class Cluster:
             "SlurmctldHost": f"{machine}({self.machines.login})",
             "SlurmUser": user,
             "SlurmdUser": user,
-            "AuthInfo": f"socket={self._socket},cred_expire=5",
+            "AuthInfo": f"socket={self._socket},cred_expire=5",  # the least; one second more is before a requeue
             "StateSaveLocation": self._new_folder("state"),
             "SlurmctldPidFile": self.folder / "slurmctld.pid",
             "SlurmdSpoolDir": self.folder / "spool.%n",
