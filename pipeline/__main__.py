@@ -13,10 +13,9 @@ from typing import Annotated
 
 import typer
 
-from data_prep.locations import UnreachableError
 from data_prep.record import DataError
-from pipeline import machine_commands
-from pipeline.failure import DONE, FAILED, REQUEUE, USER_MUST_ACT, FailedError
+from pipeline import ending, machine_commands
+from pipeline.failure import DONE, REQUEUE, USER_MUST_ACT, FailedError
 
 app = typer.Typer(
     help="Shards in, a trained, evaluated and exported CLIP-style model out.",

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pipeline import checkpoint as checkpoints
 from pipeline.checkpoint import BEST, KEEP_AT_LEAST, MALFORMED, STATE, Checkpoint, folder_name
-from pipeline.checkpoint_copy import PATIENCE_S, Copier
+from pipeline.checkpoint_copy import PATIENCE_S, STOP_PATIENCE_S, Copier
 from pipeline.failure import TrainingError
 
 # What the names of figures begin with that are not of the weights but of their moving average.
@@ -42,7 +42,7 @@ class Writer:
             warned of, and tried again with the next.
 
     Attributes:
-        patience_s: how long the end of the context waits for a copy.
+        patience_s: how long the end of the context waits for a copy; after an error STOP_PATIENCE_S at the most.
 
     Raises:
         DataError: `copy_to` is an address that nothing here writes to.
@@ -130,7 +130,7 @@ class Writer:
         finally:
             self._thread.shutdown()
             if self._copier:
-                self._copier.close(self.patience_s)
+                self._copier.close(min(self.patience_s, STOP_PATIENCE_S) if error else self.patience_s)
                 if self._spared is not None:
                     self._purge()
 

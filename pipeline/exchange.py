@@ -151,6 +151,15 @@ def together(work: Callable[[], None]) -> None:
     return None
 
 
+def any_rank(flag: bool) -> bool:
+    """Whether a flag is up on any rank. Collective: every rank calls it."""
+    if not dist.is_initialized():
+        return flag
+    up = torch.tensor(int(flag))
+    dist.all_reduce(up, dist.ReduceOp.MAX)
+    return bool(up)
+
+
 def _tried(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
     """What `work` gives, or raises, in a form that can be sent."""
     try:

@@ -1,4 +1,4 @@
-"""The ranks of a run: how they find each other, and how one is asked to stop."""
+"""The ranks of a run: how they find each other, and what is said where one is lost."""
 
 from __future__ import annotations
 
@@ -6,42 +6,30 @@ import contextlib
 import datetime
 import logging
 import os
-import signal
+import re
 import socket
 import threading
 from collections.abc import Iterator
-from types import FrameType
 
+import psutil
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import GradientAccumulationPlugin
 
 from data_prep.record import DataError
+from pipeline.failure import FailedError, LostRanksError
 
 # Seconds after which a rank that waits for others says so.
 PATIENCE_S = 30
+# In what gloo and nccl raise where a rank is gone; torch gives the one no type of its own.
+GLOO, MISUSED = "gloo/transport", "ncclInvalid"
 
 log = logging.getLogger(__name__)
 
 
 class RanksError(DataError):
     """The processes of a run were not started as they should be, or do not reach each other."""
-
-
-class StopRequest:
-    """SIGTERM, SIGUSR1 or SIGINT asks for a stop at the next step; a second SIGINT ends at once."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        self.agreed = False
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            signal.signal(number, self._ask)
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.asked = True
 
 
 def start(*, processes: int | None, cpu: bool, precision: str, timeout_s: int) -> Accelerator:
@@ -121,9 +109,45 @@ def _meet(backend: str, timeout_s: int) -> None:
     try:
         dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_s))
     except (dist.DistError, RuntimeError, ValueError) as error:
+        if "EADDRINUSE" in str(error):
+            port = os.environ["MASTER_PORT"]
+            raise RanksError(
+                f"rank {rank} of {world}: port {port} of {socket.gethostname()} (MASTER_PORT) is in use, by "
+                f"{_listener(int(port))}. Set another MASTER_PORT (torchrun: --master-port), the same for all ranks, "
+                "or wait until that has ended."
+            ) from error
         raise RanksError(f"{where} ({str(error).splitlines()[0]})") from error
     finally:
         waiting.cancel()
+
+
+def _listener(port: int) -> str:
+    """Which process listens on a port of this machine, as far as this user may know."""
+    with contextlib.suppress(psutil.Error):
+        for one in psutil.net_connections("tcp"):
+            if one.pid and one.status == psutil.CONN_LISTEN and one.laddr.port == port:
+                return f"{psutil.Process(one.pid).name()}, process {one.pid}"
+    return "a process of another user's"
+
+
+@contextlib.contextmanager
+def losses_told() -> Iterator[None]:
+    """Name what a collective raises where other ranks are gone or do not answer.
+
+    Raises:
+        LostRanksError: that.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        if not (isinstance(error, dist.DistError) or GLOO in text) or isinstance(error, FailedError) or MISUSED in text:
+            raise
+        rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+        said = re.sub(r"^\[\S+\] ", "", text.splitlines()[0]).partition(". ")[0]
+        raise LostRanksError(
+            f"rank {rank} of {world} lost others, which died or did not answer ({said}). The same command goes on."
+        ) from error
 
 
 @contextlib.contextmanager

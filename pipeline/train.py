@@ -37,6 +37,7 @@ from pipeline.data.plan import batch_sha256, rank_bounds
 from pipeline.data.store import ShardStore
 from pipeline.data.tars import open_tars
 from pipeline.data.transforms import normalizer
+from pipeline.ending import StopRequest
 from pipeline.evaluate.during import Budget, Evaluators
 from pipeline.evaluate.pixels import transformed
 from pipeline.failure import TrainingError
@@ -61,8 +62,13 @@ LOSSES: dict[str, Contrast] = {
 }
 
 
-def train(recipe: Recipe, run: Path) -> str:
+def train(recipe: Recipe, run: Path, stop: StopRequest | None = None) -> str:
     """Train a recipe into a run folder, from its newest checkpoint if it has one (contracts 2 and 3).
+
+    Args:
+        recipe: what to train.
+        run: the run folder.
+        stop: by which it is asked to stop; by default one from now on.
 
     Returns:
         "done", or "requeue" where SIGTERM, SIGUSR1 or SIGINT asked for a stop: the run is saved, the same command goes
@@ -85,7 +91,7 @@ def train(recipe: Recipe, run: Path) -> str:
         torch.set_num_threads(recipe.train.threads)
     torch.use_deterministic_algorithms(recipe.train.deterministic)
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
-    main, stop = accelerator.is_main_process, ranks.StopRequest()
+    main, stop = accelerator.is_main_process, stop or StopRequest()
 
     # --- Data, and where the run stands
     cache = Cache(cache_folder(recipe.data.cache), int(recipe.data.cache_gb * 1e9))
@@ -216,7 +222,8 @@ def train(recipe: Recipe, run: Path) -> str:
         )
         if saved:
             writer.resumed(step)
-    accelerator.wait_for_everyone()  # the tracker has cut quarantine.jsonl back before a rank adds to it
+    # Also, the tracker has cut quarantine.jsonl back before a rank adds to it.
+    stop.agreed = exchange.any_rank(stop.asked)
 
     # --- Loop
     started = stepped = saved_at = time.monotonic()
@@ -231,7 +238,8 @@ def train(recipe: Recipe, run: Path) -> str:
     parallel.train()
     with stream, tracker or contextlib.nullcontext(), writer or contextlib.nullcontext():
         batches = iter(stream)
-        if evaluators and evaluates(step) and exchange.from_main(lambda: not is_evaluated(run, first_step)):
+        due = evaluates(step) and not stop.agreed
+        if evaluators and due and exchange.from_main(lambda: not is_evaluated(run, first_step)):
             figures = measure(evaluators, towers, average, device)  # what a stop has left out
             if tracker:
                 tracker.log_evaluation(step, figures)

@@ -33,7 +33,7 @@ from pipeline.data.plan import SUBSTITUTES, Plan
 from pipeline.data.shared import START, Ring, Slot, Watch
 from pipeline.data.store import ARRIVING, OPEN, ShardStore, Stored
 from pipeline.data.transforms import BadSample, Texts
-from pipeline.failure import TrainingError
+from pipeline.failure import REQUEUE, TrainingError
 
 # Samples of a part at the most: a first batch is made by all processes together, and little waits to be taken.
 PART = 64
@@ -45,6 +45,12 @@ log = logging.getLogger(__name__)
 
 class LoaderError(TrainingError):
     """A loader process that died, hangs, or met an error of ours."""
+
+
+class LoaderKilledError(LoaderError):
+    """A loader process that was killed from outside, mostly since memory was short: the same command goes on."""
+
+    code = REQUEUE
 
 
 class Replaced(NamedTuple):
@@ -295,7 +301,7 @@ class Stream:
         if self._pin:
             self._ring.unpin()
         if problem:
-            raise LoaderError(problem) from error
+            raise problem from error
 
     def __iter__(self) -> Iterator[Batch]:
         for step in self._steps:
@@ -316,7 +322,7 @@ class Stream:
                 made = next(self._made)
             except RuntimeError as error:  # torch's own: what a loader process meets is a value
                 if problem := self._dead() or self._stuck():
-                    raise LoaderError(problem) from error
+                    raise problem from error
                 if time.monotonic() - began < self._timeout_s:
                     raise
                 continue  # the part takes long, but its process gets on
@@ -334,19 +340,20 @@ class Stream:
         self._made._shutdown_workers()  # else only once nothing refers to it any more
         signal.signal(signal.SIGCHLD, heard)
 
-    def _dead(self) -> str | None:
-        """A sentence about a loader process that has died."""
+    def _dead(self) -> LoaderError | None:
+        """What is said of a loader process that has died."""
         for worker, process in enumerate(self._made._workers if self._watch.workers else ()):
             if process.exitcode:
                 ended = signal.Signals(-process.exitcode).name if process.exitcode < 0 else f"exit {process.exitcode}"
-                return (
+                kind = LoaderKilledError if process.exitcode == -signal.SIGKILL else LoaderError
+                return kind(
                     f"loader process {worker} ({process.pid}) has died ({ended}), {self._where(worker)}. Where memory "
                     "was short (`dmesg` tells), lower data.workers or data.prefetch."
                 )
         return None
 
-    def _stuck(self) -> str | None:
-        """A sentence about the loader process that has been at one sample for longest, if that is too long.
+    def _stuck(self) -> LoaderError | None:
+        """What is said of the loader process that has been at one sample for longest, if that is too long.
 
         Others than the one whose part is awaited may be idle for as long as they like.
         """
@@ -361,7 +368,7 @@ class Stream:
             return None
         # One that stops with the lock of torch's queue keeps others from getting on, who are then at no shard.
         worker = max(late, key=lambda worker: (self._watch.shard(worker) is not None, waited[worker]))
-        return (
+        return LoaderError(
             f"loader process {worker} ({self._made._workers[worker].pid}) has been {self._where(worker)} for "
             f"{waited[worker]:.0f} s, longer than data.timeout_s = {self._timeout_s:g}. Look at the disk or the server "
             "that the shard is on, or raise data.timeout_s."

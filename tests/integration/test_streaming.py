@@ -198,9 +198,9 @@ def test_a_killed_loader_process_is_named_with_its_shard(dataset, recipe, run):
         assert process.is_alive()
     (worker,) = psutil.Process(process.pid).children()
     os.kill(worker.pid, signal.SIGKILL)
-    assert finish(process) == 1
-    assert verdict(run)["status"] == "failed"
-    assert f"LoaderError: loader process 0 ({worker.pid}) has died" in verdict(run)["reason"]
+    assert finish(process) == 75
+    assert verdict(run)["status"] == "requeue"
+    assert f"LoaderKilledError: loader process 0 ({worker.pid}) has died" in verdict(run)["reason"]
     assert psutil.pid_exists(process.pid) is False
 
 
