@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -81,7 +82,7 @@ def words_of_import(run: Path) -> str:
         "data.interpolation": recipe.data.interpolation,
         "loss.kind": recipe.loss.kind,
     }
-    return " ".join(f"{key}={value}" for key, value in words.items())
+    return shlex.join(f"{key}={value}" for key, value in words.items())
 
 
 def plan_of(recipe: Recipe, sets: Sequence[TarSet], world: int, state: Mapping[str, Any] | None) -> Plan:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -207,7 +208,10 @@ def _of_open_clip(name: str, pretrained: str | None, device: torch.device | str)
             model_cfg = model.with_kept_text(described, Path(name.removeprefix(SCHEMAS[0])))
         if model_cfg != described:
             changed = {"text_cfg": {**model_cfg["text_cfg"], "hf_model_pretrained": False}}
-        towers, preprocess = open_clip.create_model_from_pretrained(name, pretrained, device=device, **changed)
+        with warnings.catch_warnings():
+            # open_clip would go on, with another activation than the weights were trained with.
+            warnings.filterwarnings("error", "QuickGELU mismatch")
+            towers, preprocess = open_clip.create_model_from_pretrained(name, pretrained, device=device, **changed)
         # A description may set this too; what is said here goes before.
         limits = {"trust_remote_code": False} if described["text_cfg"].get("hf_tokenizer_name") else {}
         tokenize = open_clip.get_tokenizer(name, **limits)

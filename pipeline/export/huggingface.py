@@ -45,6 +45,7 @@ def write(trained: TrainedModel, folder: Path) -> None:
     """
     import transformers
 
+    transformers.utils.logging.disable_progress_bar()  # it would draw one for each file
     towers = trained.towers
     if towers.logit_bias is not None:
         _refuse("logit_bias", "the sigmoid loss's bias on logits")

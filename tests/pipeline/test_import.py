@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import shlex
 import shutil
 from pathlib import Path
 
@@ -201,19 +202,19 @@ def test_a_hugging_face_text_tower_and_the_sigmoid_loss_s_bias(tmp_path):
 
 
 def test_training_goes_on_from_it_in_another_folder_only(tmp_path, dataset, clip_folder, caplog, capsys):
-    run, tuned = tmp_path / "run", tmp_path / "tuned"
+    run, tuned = tmp_path / "their run", tmp_path / "tuned"
     recipe = {name: section for name, section in RECIPE.items() if name != "model"}
     (tmp_path / "recipe.yaml").write_text(json.dumps({**recipe, "model": {"name": "ViT-B-32"}}))
     with caplog.at_level("INFO"):
         importing.import_run(str(clip_folder), run)
     *command, data, place, settings = caplog.messages[-1].split(" ", 8)[-4:]
     assert (command, data, place) == (["OTHER_RUN"], "--data", "DATA")
-    words = [str(tmp_path / "recipe.yaml"), str(tuned), "--data", str(dataset), *settings.split()]
+    words = [str(tmp_path / "recipe.yaml"), str(tuned), "--data", str(dataset), *shlex.split(settings)]
     assert main(["train", *words, "train.steps=1", "optim.lr=1e-9"]) == 0
     same(embedded(tuned), embedded(run))
     for further in ([], ["--dry-run"]):
         code = main(
-            ["train", str(tmp_path / "recipe.yaml"), str(run), "--data", str(dataset), *settings.split(), *further]
+            ["train", str(tmp_path / "recipe.yaml"), str(run), "--data", str(dataset), *shlex.split(settings), *further]
         )
         assert code == 2
         assert "holds imported weights" in "".join(capsys.readouterr()) + caplog.text
@@ -358,6 +359,16 @@ def test_what_cannot_be_described_is_refused_by_name(tmp_path, clip_folder, voca
     described["model_cfg"]["text_cfg"]["tokenizer_kwargs"] = {"clean": "canonicalize"}
     (squashed / "open_clip_config.json").write_text(json.dumps(described))
     refused(str(squashed), "how it cleans texts")
+
+
+def test_weights_of_another_activation_than_the_name_s_are_refused(tmp_path, named, monkeypatch):
+    """As of ViT-B-32 and `openai`, which open_clip loads with a warning only."""
+    save_file(model.build(DESCRIBED).state_dict(), tmp_path / "x.safetensors")
+    monkeypatch.setattr(open_clip.factory, "get_pretrained_cfg", lambda *_: {"quick_gelu": True})
+    monkeypatch.setattr(open_clip.factory, "download_pretrained", lambda *_, **__: tmp_path / "x.safetensors")
+    with pytest.raises(ModelError, match="QuickGELU mismatch"):
+        importing.import_run(f"{named},openai", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_nothing_is_written_where_embeddings_differ_or_something_is_there(tmp_path, clip_folder, monkeypatch):
