@@ -104,27 +104,32 @@ def check(
     """
     until = time.monotonic() + meet_s
     problems, warnings = [], []
+    met: dict[str, str] = {}
+    reached = ""
     with ExitStack() as open_:
-        met = None
-        if node.first:
-            try:
-                listening = open_.enter_context(_listen(node.port, node.nodes))
-            except OSError as error:
-                problems.append(_taken(node.port, error))
-            else:
-                met = open_.enter_context(ThreadPoolExecutor(1)).submit(_answer, listening, node, until)
+        try:
+            listening = open_.enter_context(_listen(node.port, node.nodes)) if node.first else None
+        except OSError as error:
+            problems.append(_taken(node.port, error))
+        else:
+            pool = open_.enter_context(ThreadPoolExecutor(1))
+            answers = pool.submit(_answer, listening, node, until) if listening else None
+            reached, said = _reach(node, resolve, until)
+            met = answers.result() if answers else {}
+            problems += [said] if said else []
+    # Several slurmd may share a machine: then names that lead to no other machine are right.
+    one_machine = _is_here(reached) if not node.first else len(met) == node.nodes and all(map(_is_here, met.values()))
+    if not one_machine:
         problems += _names(node, resolve)
-        if not node.first or met:
-            problems += _reach(node, resolve, until)
-        problems += _folder(node, folder_s)
-        others = met.result() - {node.name} if met else set()
-        if met and (silent := node.nodes - 1 - len(others)):
-            heard = f"heard from {', '.join(sorted(others)) or 'none'}"
-            problems.append(
-                f"{silent} of the job's {node.nodes} nodes did not connect to this first node's port {node.port} in "
-                f"{meet_s:.0f} s ({heard}). See what they say themselves; one that says nothing is cut off, or down: "
-                "`sinfo -N -l` shows its state."
-            )
+    problems += _folder(node, folder_s)
+    others = met.keys() - {node.name}
+    if reached and node.first and (silent := node.nodes - 1 - len(others)):
+        heard = f"heard from {', '.join(sorted(others)) or 'none'}"
+        problems.append(
+            f"{silent} of the job's {node.nodes} nodes did not connect to this first node's port {node.port} in "
+            f"{meet_s:.0f} s ({heard}). See what they say themselves; one that says nothing is cut off, or down: "
+            "`sinfo -N -l` shows its state."
+        )
     if node.run.is_dir() and (free := shutil.disk_usage(node.run).free) < LOW_DISK_BYTES:
         warnings.append(f"only {free / 1e6:.0f} MB are free in {node.run}. Checkpoints may not fit: remove old runs.")
     return problems, warnings
@@ -141,70 +146,66 @@ def _listen(port: int, nodes: int) -> socket.socket:
     return socket.create_server(("", port), backlog=nodes)
 
 
-def _answer(listening: socket.socket, node: Node, until: float) -> set[str]:
-    """Give each node that connects the token back; the names of those that did."""
-    met: set[str] = set()
+def _answer(listening: socket.socket, node: Node, until: float) -> dict[str, str]:
+    """Give each node that connects the token back; {its name: the address that it came from}."""
+    met: dict[str, str] = {}
     with ExitStack() as open_:
         while len(met) < node.nodes and (left := until - time.monotonic()) > 0:
             listening.settimeout(left)
             try:
-                connection = open_.enter_context(listening.accept()[0])
-                connection.settimeout(CONNECT_S)
+                connection, peer = listening.accept()
+                open_.enter_context(connection).settimeout(CONNECT_S)
                 token, _, name = connection.makefile().readline(LINE).strip().partition(" ")
                 if token == node.token:
                     connection.sendall(f"{token}\n".encode())
-                    met.add(name)
+                    met[name] = peer[0].removeprefix("::ffff:").partition("%")[0]
             except (OSError, UnicodeError):
                 continue  # a time-out, or somebody else's connection
     return met
 
 
-def _reach(node: Node, resolve: Resolve, until: float) -> Iterator[str]:
-    """Whether the first node's check answers at its address and port."""
-    found = resolve(node.master)
-    if not found:
-        return  # `_names` has said so
-    where = f"{node.master} ({', '.join(found)})" if found != [node.master] else node.master
-    said = ""
-    while not said or time.monotonic() < until:
+def _reach(node: Node, resolve: Resolve, until: float) -> tuple[str, str]:
+    """(the address at which the first node's check answers, what is wrong if none does)."""
+    found, said = resolve(node.master), ""
+    while found and (not said or time.monotonic() < until):
         for address in found:
             try:
                 with socket.create_connection((address, node.port), timeout=CONNECT_S) as connection:
                     connection.sendall(f"{node.token} {node.name}\n".encode())
                     if connection.makefile().readline(LINE).strip() == node.token:
-                        return
+                        return address, ""
                 said = "something else than the first node's check answers there"
             except (OSError, UnicodeError) as error:
                 said = f"{type(error).__name__}: {error}"
         time.sleep(0.2)
-    if node.first:
-        yield (
-            f"this first node does not reach itself at {where}, port {node.port} ({said}). That is where all ranks "
-            "meet: NodeAddr in slurm.conf must be an address of this machine."
-        )
-    else:
-        yield (
-            f"the first node does not answer at {where}, port {node.port} ({said}). Unless it says what is wrong with "
-            "itself: is a cable out, or a firewall between the two? Nodes must reach each other on all TCP ports."
-        )
-
-
-def _names(node: Node, resolve: Resolve) -> Iterator[str]:
-    """Whether the first node's address, and the own one, are addresses that other nodes can use."""
-    found = resolve(node.master)
     if not found:
-        yield (
+        return "", (
             f"{node.master}, the first node's address as SLURM gives it, is not known here. Give nodes addresses with "
             "NodeAddr= in slurm.conf, or name them in DNS or in /etc/hosts of every node."
         )
-    elif node.nodes > 1 and _loopback(found[0]):
+    where = f"{node.master} ({', '.join(found)})" if found != [node.master] else node.master
+    if node.first:
+        return "", (
+            f"this first node does not reach itself at {where}, port {node.port} ({said}). That is where all ranks "
+            "meet: NodeAddr in slurm.conf must be an address of this machine."
+        )
+    return "", (
+        f"the first node does not answer at {where}, port {node.port} ({said}). Unless it says what is wrong with "
+        "itself: is a cable out, or a firewall between the two? Nodes must reach each other on all TCP ports."
+    )
+
+
+def _names(node: Node, resolve: Resolve) -> Iterator[str]:
+    """Whether the first node's name, and the own one, stand for addresses that other nodes can use."""
+    if node.nodes == 1:
+        return
+    found = resolve(node.master)
+    if found and _loopback(found[0]):
         yield (
             f"{node.master}, the first node's address as SLURM gives it, stands for {found[0]} here, which each node "
             f"takes for itself{_named_in(node.master, found[0])}. Set NodeAddr= of the first node in slurm.conf to the "
             "address that others see, or let /etc/hosts say it."
         )
-    if node.nodes == 1:
-        return
     if node.interface:
         yield from _interface(node.interface)
         return
@@ -291,7 +292,9 @@ def _taken(port: int, error: OSError) -> str:
 
 
 def _is_here(address: str) -> bool:
-    """Whether an address is one of this machine's."""
+    """Whether an address is one of this machine's; "" is not."""
+    if not address:
+        return False
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         try:

@@ -189,11 +189,11 @@ def run_doctor(environment, *words, wait_s=MINUTE_S):
 def examine(slurm, tmp_path):
     """examine(words…, key=value of the cluster file…) → exit code, the rows that are not ok, as text."""
 
-    def run(*words, wait_s=MINUTE_S, **values):
+    def run(*words, wait_s=MINUTE_S, on=slurm, **values):
         lines = [f"{key}: {value}" for key, value in (SITE | {"shared": f"[{tmp_path}]"} | values).items()]
         (tmp_path / "site.yaml").write_text("\n".join(lines))
         words = ("--cluster", str(tmp_path / "site.yaml"), "--folder", str(tmp_path / "runs"), *words)
-        code, rows = run_doctor(slurm.env, *words, wait_s=wait_s)
+        code, rows = run_doctor(on.env, *words, wait_s=wait_s)
         return code, "\n".join(" | ".join(row) for row in rows if code == 0 or row[1] == "fail")
 
     return run
@@ -216,6 +216,19 @@ def test_a_host_whose_own_name_is_loopback(slurm_hosts, examine):
         r"own name, node\d, stands for 127\.0\.1\.1 here \(/etc/hosts line \d: 127\.0\.1\.1 node\d\)", said
     )
     assert "`interface: eth0`" in said
+
+
+@pytest.mark.slow
+def test_torchrun_may_start_the_ranks(slurm, examine):
+    code, said = examine("--nodes", "3", launcher="torchrun", wait_s=WHOLE_S)
+    assert code == 0, said
+    assert "3 ranks on node1, node2, node3, by gloo" in said
+
+
+@pytest.mark.slow
+def test_several_nodes_on_one_machine_need_no_names(new_cluster, examine):
+    code, said = examine(wait_s=WHOLE_S, on=new_cluster(nodes=2, hosts=False))
+    assert code == 0, said
 
 
 @pytest.mark.slow

@@ -135,10 +135,18 @@ def unmet(said):
     return [one for one in said if "did not connect" in one or "does not answer" in one]
 
 
-def test_two_nodes_meet(node):
+def test_two_nodes_meet_and_one_machine_may_be_both(node):
+    """Loopback leads from one to the other then, so that no name is wrong."""
+    first = replace(node, nodes=2)
+    assert in_two_nodes(first, replace(first, first=False, name="node2")) == [[], []]
+
+
+def test_two_machines_may_not_offer_loopback_to_each_other(node, monkeypatch):
+    monkeypatch.setattr(preflight, "_is_here", lambda address: False)
     first = replace(node, nodes=2)
     found = in_two_nodes(first, replace(first, first=False, name="node2"))
     assert [unmet(said) for said in found] == [[], []]
+    assert all("the first node's address as SLURM gives it, stands for 127.0.0.1" in said[0] for said in found)
 
 
 def test_nodes_that_do_not_meet_say_so_on_both_sides(node):
