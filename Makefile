@@ -10,7 +10,7 @@ SEED ?= 0
 RECIPE ?= demo
 FORMATS ?= open_clip
 CLUSTER ?= local
-PROCESSES ?= 1
+NODES ?= 1
 BENCH ?= preparation loading remote plan loss trainer evaluation learning
 # Those that make their own data.
 BENCH_ALONE := plan loss learning
@@ -68,9 +68,9 @@ report: $(STAMP) ## run → report.html: RUN=dir [DATA=dir]
 	$(call need,RUN,RUN=dir)
 	$(BIN)/python -m pipeline report "$(RUN)" $(if $(DATA),--data "$(DATA)")
 
-submit: $(STAMP) ## train on several processes: CLUSTER=local PROCESSES=2 RECIPE=name DATA=dir RUN=dir
+submit: $(STAMP) ## train on a cluster: CLUSTER=mysite NODES=4 RECIPE=name DATA=dir RUN=dir (CLUSTER=local PROCESSES=2: here)
 	$(call need,DATA,RECIPE=name DATA=dir RUN=dir)$(call need,RUN,RECIPE=name DATA=dir RUN=dir)
-	$(BIN)/python -m launch submit --cluster "$(CLUSTER)" --processes "$(PROCESSES)" --recipe "$(RECIPE)" --data "$(DATA)" --run "$(RUN)" $(ARGS)
+	$(BIN)/python -m launch submit --cluster "$(CLUSTER)" --nodes "$(NODES)" $(addprefix --processes ,$(PROCESSES)) --recipe "$(RECIPE)" --data "$(DATA)" --run "$(RUN)" $(ARGS)
 
 plan-memory: $(STAMP) ## what device memory goes to, and what fits: RECIPE=name ARGS="--world 8 --gpu-gb 80"
 	$(BIN)/python -m pipeline plan-memory "$(RECIPE)" $(ARGS)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -38,10 +37,12 @@ class Submission:
 
 
 def keep(run: Path, files: dict[str, str]) -> Path:
-    """Write what will be submitted into RUN/launch, in place of what was there, and return that folder."""
+    """Write what will be submitted into RUN/launch, in place of an earlier one's, and return that folder."""
     folder = run / FOLDER
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.iterdir():
+        if path.is_file():
+            path.unlink()
     for name, text in files.items():
         (folder / name).write_text(text, encoding="utf-8")
     return folder

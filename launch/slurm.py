@@ -1,0 +1,225 @@
+"""Jobs on SLURM: one sbatch script a stage, an array where it has several tasks."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from launch import network, submission
+from launch.cluster import SlurmCluster, seconds
+from launch.job import Job, LaunchError, Stage
+from launch.submission import Submission, Submitted
+
+TEMPLATE = Path(__file__).parent / "templates/job.sbatch.j2"
+# scontrol and sbatch answer at once, or the controller is not there.
+PATIENCE_S = 60
+LOGS = "logs"
+# Of the user's own variables; others may be secrets, or differ from run to run.
+KEPT = "HOME,USER,LOGNAME,PATH,LANG"
+# What sbatch says → the fix.
+FIXES = {
+    "invalid partition": "`partition` of the cluster file; `sinfo` lists them",
+    "Invalid account": "`account` and `partition` of the cluster file; `sacctmgr show assoc user=$USER` lists them",
+    "Invalid qos": "`qos` of the cluster file; `sacctmgr show qos` lists them",
+    "node configuration is not available": "fewer GPUs, cores or memory a node (the cluster file), or other nodes; "
+    "`sinfo -N -l` shows what nodes have",
+    "Node count specification invalid": "fewer --nodes; `sinfo` shows how many the partition has",
+    "time limit": "a shorter --time; `scontrol show partition` shows MaxTime",
+    "Invalid feature": "`constraint` of the cluster file; `sinfo -o %f` lists features",
+    "Unable to contact slurm controller": "is this a login node of the cluster? `scontrol ping` must say UP",
+}
+
+
+def render(job: Job, stages: Sequence[Stage], cluster: SlurmCluster) -> dict[str, str]:
+    """{STAGE.sbatch: its text}, which `sbatch` takes as it is.
+
+    Raises:
+        LaunchError: the run folder, the time or the secrets are not as they must be.
+    """
+    from jinja2 import Environment, StrictUndefined
+
+    _check(job, cluster)
+    environment = Environment(
+        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
+    environment.filters["quote"] = _quoted
+    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    return {f"{stage.name}.sbatch": template.render(_values(job, stage, cluster)) for stage in stages}
+
+
+def _quoted(value: object) -> str:
+    """One word of a script; shlex.quote leaves = bare, which shellcheck takes for a mistake at the start of a value."""
+    word = str(value)
+    return f"'{word}'" if word.startswith("=") else shlex.quote(word)
+
+
+def _check(job: Job, cluster: SlurmCluster) -> None:
+    folder = job.run.absolute()
+    if cluster.shared and not any(folder.is_relative_to(one) for one in cluster.shared):
+        names = ", ".join(str(one) for one in cluster.shared)
+        raise LaunchError(f"--run {job.run}: {folder} lies on none of the file systems that nodes share ({names}).")
+    if not str(folder).isprintable():
+        raise LaunchError(f"--run {str(job.run)!r}: a line of a script cannot hold such a name.")
+    limit = seconds(job.time or cluster.time)
+    if limit <= cluster.stop_seconds:
+        raise LaunchError(
+            f"--time {job.time or cluster.time}: that leaves nothing before the job is asked to stop, stop_seconds = "
+            f"{cluster.stop_seconds} before its end. Raise the one, or lower the other in the cluster file."
+        )
+    if cluster.secrets:
+        path = cluster.secrets.expanduser()
+        if not path.is_file():
+            raise LaunchError(f"secrets: {path} of the cluster file is not there. It holds NAME=VALUE lines.")
+        if path.stat().st_mode & 0o077:
+            raise LaunchError(
+                f"secrets: others may read {path}. Take that from them: chmod 600 {shlex.quote(str(path))}"
+            )
+
+
+def _values(job: Job, stage: Stage, cluster: SlurmCluster) -> dict[str, Any]:
+    """What the template is filled in with."""
+    python = [cluster.python]
+    if cluster.container:
+        binds = [word for one in cluster.shared for word in ("--bind", str(one))]
+        gpus = ["--nv"] if _gpus(stage, cluster) else []
+        python = ["apptainer", "exec", *gpus, *binds, cluster.container, "python"]
+    torchrun = cluster.launcher == "torchrun" and stage.nodes * stage.processes > 1
+    cores = cluster.cpus_per_process
+    return {
+        "options": list(options(job, stage, cluster)),
+        "tasks": [{"run": task.run.absolute(), "arguments": task.arguments} for task in stage.tasks],
+        "python": python,
+        "torchrun": torchrun,
+        "nodes": stage.nodes,
+        "processes": stage.processes,
+        "cpus_per_task": cores * (stage.processes if torchrun else 1),
+        "threads": cores,
+        "max_restarts": cluster.max_restarts,
+        "modules": cluster.modules,
+        "setup": cluster.setup,
+        "secrets": cluster.secrets and cluster.secrets.expanduser(),
+        "variables": [
+            *network.explained(cluster.network, cluster.interface),
+            *(network.Setting(name, value, "") for name, value in cluster.environment.items()),
+        ],
+    }
+
+
+def options(job: Job, stage: Stage, cluster: SlurmCluster) -> Iterator[str]:
+    """What a stage asks of sbatch, as its #SBATCH lines have it."""
+    torchrun = cluster.launcher == "torchrun" and stage.nodes * stage.processes > 1
+    several = len(stage.tasks) > 1
+    log = job.run.absolute() / submission.FOLDER / LOGS / f"{stage.name}-{'%A_%a' if several else '%j'}.log"
+    pattern = str(log.parent).replace("%", "%%") + "/" + log.name
+    asked = {
+        "job-name": f"{job.run.name}-{stage.name}",
+        "output": pattern,
+        "chdir": str(Path.cwd()),
+        "nodes": stage.nodes,
+        "ntasks-per-node": 1 if torchrun else stage.processes,
+        "cpus-per-task": cluster.cpus_per_process * (stage.processes if torchrun else 1),
+        "time": job.time or cluster.time,
+        "partition": cluster.partition,
+        "account": cluster.account,
+        "qos": cluster.qos,
+        "constraint": cluster.constraint,
+        "mem": cluster.memory_gb and f"{cluster.memory_gb}G",
+        "gres": _gpus(stage, cluster),
+        "array": several and f"0-{len(stage.tasks) - 1}",
+        "signal": f"B:USR1@{cluster.stop_seconds}",
+        "export": KEPT,
+        "open-mode": "append",
+    }
+    yield "--requeue"
+    yield from (f"--{name}={shlex.quote(str(value))}" for name, value in asked.items() if value)
+    yield from cluster.sbatch
+
+
+def _gpus(stage: Stage, cluster: SlurmCluster) -> str:
+    """The GPUs of a node, as --gres has them."""
+    if not (stage.gpus and cluster.gpus_per_node):
+        return ""
+    return cluster.gres or f"gpu:{stage.processes}"
+
+
+def submit(job: Job, stages: Sequence[Stage], cluster: SlurmCluster, folder: Path) -> int:
+    """Hand the stages over, each to begin once the one before is done; sbatch looks at all of them first.
+
+    Raises:
+        LaunchError: SLURM refuses one; none was submitted then.
+    """
+    (folder / LOGS).mkdir(exist_ok=True)
+    for stage in stages:
+        ask("sbatch", "--test-only", str(folder / f"{stage.name}.sbatch"))
+    submitted: list[Submitted] = []
+    for stage in stages:
+        words = ["--parsable", "--kill-on-invalid-dep=yes"]
+        if submitted:
+            kind = "aftercorr" if stage.each_after_its_own and len(stage.tasks) > 1 else "afterok"
+            words.append(f"--dependency={kind}:{submitted[-1].id}")
+        number = ask("sbatch", *words, str(folder / f"{stage.name}.sbatch")).strip().partition(";")[0]
+        submitted.append(Submitted(stage.name, number, tuple(str(task.run) for task in stage.tasks)))
+        submission.record(job.run, Submission(cluster, tuple(submitted)))
+    return 0
+
+
+def cancel(found: Submission) -> None:
+    """Take all stages back, the last one first, so that none begins because another ended."""
+    ask("scancel", *(one.id for one in reversed(found.jobs)))
+
+
+def states(found: Submission) -> list[dict[str, Any]]:
+    """Of each task {stage, run, id, state, restarts, reason, nodes}, as the controller knows it.
+
+    A job that ended some minutes ago (MinJobAge of slurm.conf) is forgotten: its state is "".
+    """
+    rows = []
+    for one in found.jobs:
+        try:
+            lines = ask("scontrol", "show", "job", one.id, "--oneliner").splitlines()
+        except LaunchError as error:
+            if "Invalid job id" not in str(error):
+                raise
+            lines = []
+        told = [dict(re.findall(r"(\S+?)=(\S*)", line)) for line in lines]
+        by_task = {int(job.get("ArrayTaskId", "0")): job for job in told if job.get("ArrayTaskId", "0").isdigit()}
+        pending = next((job for job in told if not job.get("ArrayTaskId", "0").isdigit()), {})
+        for number, run in enumerate(one.runs):
+            job = by_task.get(number, pending)
+            rows.append(
+                {
+                    "stage": one.stage,
+                    "run": run,
+                    "id": f"{one.id}_{number}" if len(one.runs) > 1 else one.id,
+                    "state": job.get("JobState", ""),
+                    "restarts": int(job.get("Restarts", "0")),
+                    "reason": job.get("Reason", "").removeprefix("None"),
+                    "nodes": job.get("NodeList", "").removeprefix("(null)"),
+                }
+            )
+    return rows
+
+
+def ask(*words: str, patience_s: float = PATIENCE_S) -> str:
+    """What a command of SLURM's says.
+
+    Raises:
+        LaunchError: it is not installed, refuses, or does not answer.
+    """
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=patience_s)
+    except FileNotFoundError as error:
+        raise LaunchError(
+            f"{words[0]}: not found. SLURM's commands must be in PATH where jobs are submitted."
+        ) from error
+    except subprocess.TimeoutExpired as error:
+        raise LaunchError(f"{words[0]}: no answer in {patience_s:.0f} s. `scontrol ping` must say UP.") from error
+    if done.returncode:
+        said = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
+        fix = next((fix for key, fix in FIXES.items() if key.lower() in said.lower()), "")
+        raise LaunchError(f"{shlex.join(words)}: {said}" + (f" The fix: {fix}." if fix else ""))
+    return done.stdout
