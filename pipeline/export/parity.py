@@ -5,13 +5,14 @@ B = images or texts, D = embedding width, L = context length, S = pixels of a si
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from data_prep import manifest
-from data_prep.record import TRAIN, DataError
-from pipeline.evaluate import sets
+from data_prep.record import DataError
+from pipeline.evaluate import sets, splits
+from pipeline.evaluate.sets import EvaluationError, Item
 from pipeline.export import own_processing, preparation
 from pipeline.failure import ParityError
 from pipeline.trained import TrainedModel
@@ -50,28 +52,51 @@ class Inputs:
     origin: str
 
 
-def real_inputs(data: Path) -> Inputs:
-    """Up to 32 images and 128 captions: of an evaluation set, else of the train shards, else (it is gone) generated.
+def real_inputs(data: str) -> Inputs:
+    """Up to 32 images and 128 captions: of an evaluation set, else of the first tar, else (they are gone) generated.
 
     The last image is a square of the first, whose centre every library finds in the same place.
+
+    Args:
+        data: a dataset, a folder or a pattern of tars, here or behind an address; empty for none.
     """
     try:
-        dataset = manifest.read(data)
-        named = [source for source in dataset.evaluation_sets if source.kind in ("retrieval", "selection")]
-        shard = dataset.split(TRAIN)[0].name
-        items = sets.read(named[0]) if named else sets.read_tar(dataset.path / shard)
-        origin = named[0].name if named else shard
-    except DataError as error:
+        items, origin = _items(data)
+        found = list(itertools.islice(_sound(items), IMAGES - 1))
+        if not found:
+            raise DataError(f"{data}/{origin}: has no image.")
+    except (DataError, OSError) as error:
         log.info("parity is checked on generated inputs, since there are no real ones: %s", error)
         random = np.random.default_rng(0)
         images = [Image.fromarray(random.integers(0, 256, (70, 90, 3), dtype=np.uint8)) for _ in range(IMAGES)]
         return Inputs(
             images, [*(f"generated text number {number}" for number in range(TEXTS)), *ODD_TEXTS], "generated"
         )
-    images = [item.open() for item in items[: IMAGES - 1]]
+    images = [image for _, image in found]
     side = min(images[0].size)
-    texts = [text for item in items[:IMAGES] for text in item.captions][:TEXTS]
+    texts = [text for item, _ in found for text in item.captions][:TEXTS]
     return Inputs([*images, images[0].crop((0, 0, side, side))], [*texts, *ODD_TEXTS], origin)
+
+
+def _items(data: str) -> tuple[list[Item], str]:
+    """Some images with captions, and where they are from."""
+    if not data:
+        raise DataError("the run names no data.")
+    if (Path(data) / manifest.MANIFEST).is_file():
+        dataset = manifest.read(Path(data))
+        if named := [source for source in dataset.evaluation_sets if source.kind in ("retrieval", "selection")]:
+            return sets.read(named[0]), named[0].name
+    placed = splits.open_train(data).items(0)
+    return [item for _, item in placed], placed[0][0] if placed else "the first tar"
+
+
+def _sound(items: Sequence[Item]) -> Iterator[tuple[Item, Image.Image]]:
+    """Those that decode; training does without the others too."""
+    for item in items:
+        try:
+            yield item, item.open()
+        except EvaluationError as error:
+            log.warning("%s Left out.", error)
 
 
 def compare(trained: TrainedModel, folder: Path, scripts: Sequence[Path], inputs: Inputs) -> dict[str, Any]:

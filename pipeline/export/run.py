@@ -92,7 +92,7 @@ def export(
         chosen, average = f"best by {figure}", average or averaged
     trained = loading.load(run, step, average=average)
     about = {"step": trained.step, "weights": "average" if average else "trained", "chosen": chosen}
-    inputs = parity.real_inputs(Path(*(one.path for one in trained.recipe.data.datasets[:1])))
+    inputs = parity.real_inputs("".join(one.path for one in trained.recipe.data.datasets[:1]))
     root = run / "export"
     figures = read(run)
     failures: list[DataError | ParityError] = []

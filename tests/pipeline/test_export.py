@@ -11,6 +11,7 @@ import sentencepiece
 import torch
 from PIL import Image
 
+from data_prep.locations import path_of
 from pipeline import checkpoint as checkpoints
 from pipeline import config, model
 from pipeline import trained as loading
@@ -22,6 +23,7 @@ from pipeline.export.huggingface_tokenizer import ExportError
 from pipeline.failure import ParityError
 from pipeline.model import ModelError
 from pipeline.tokenizer import SentencePieceTokenizer, TokenizerError, load
+from tests.pipeline.tars import members, write_tar
 
 WORDS = ["red", "green", "Blue", "stern", "circle", "star", "straße", "naïve", "42", "left-of", "don't", "x₂"]
 VIT = {"image_size": 16, "patch_size": 8, "width": 32, "layers": 1, "head_width": 16}
@@ -243,13 +245,26 @@ def test_options_without_a_counterpart_are_refused(tmp_path):
 
 
 def test_real_inputs_come_from_the_data_and_else_are_generated(dataset, tmp_path):
-    found = parity.real_inputs(dataset)
+    found = parity.real_inputs(str(dataset))
     assert found.origin == "train/00000.tar"  # this dataset has no evaluation set
     assert len(found.images) == 17
     assert [image.size for image in found.images[-2:]] == [(24, 20), (20, 20)]
     assert found.texts[0].startswith(("picture number", "noise"))
     assert set(parity.ODD_TEXTS) <= set(found.texts)
-    assert parity.real_inputs(tmp_path / "gone").origin == "generated"
+    for gone in ("", str(tmp_path / "gone"), "s3://", "pipe:cat"):
+        assert parity.real_inputs(gone).origin == "generated"
+
+
+def test_real_inputs_come_from_other_tools_tars_too_without_images_that_do_not_decode(tmp_path, bucket):
+    broken = {f"{number:09d}.jpg": b"no image" for number in range(3)}
+    tar = write_tar(tmp_path / "tars/00000.tar", broken | members(3) | members(4))
+    for address in (str(tmp_path / "tars"), f"{bucket}/tars"):
+        path_of(f"{address}/{tar.name}").write_bytes(tar.read_bytes())
+        found = parity.real_inputs(address)
+        assert (found.origin, [image.size for image in found.images]) == ("00000.tar", [(40, 30), (40, 30), (30, 30)])
+        assert found.texts[:2] == ["picture 3", "number 3 seen again"]
+    write_tar(tmp_path / "none/00000.tar", broken)
+    assert parity.real_inputs(str(tmp_path / "none")).origin == "generated"
 
 
 def test_unigram_vocabularies_are_refused(tmp_path):

@@ -101,7 +101,7 @@ shutil.copy(f"{sys.argv[1]}/towers.npz", f"{sys.argv[2]}/found.npz")
 )
 def test_what_lies_beside_towers_is_compared_too(tmp_path, file, changed):
     """The towers' own embeddings, and a preparation with one thing changed."""
-    trained, inputs = loading.load(make_run(tmp_path / "run", VIT, TEXT, "open_clip")), parity.real_inputs(tmp_path)
+    trained, inputs = loading.load(make_run(tmp_path / "run", VIT, TEXT, "open_clip")), parity.real_inputs("")
     with torch.inference_mode():
         pixel_BCSS = torch.stack([trained.preprocess(image) for image in inputs.images])
         images = trained.towers.encode_image(pixel_BCSS, normalize=True)
