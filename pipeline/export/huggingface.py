@@ -176,8 +176,8 @@ def _huggingface_tower(text: Any) -> Tower:
         _refuse("text.pooler", f"{type(text.pooler).__name__}; there, hf_pooler_type is cls_pooler")
     if not isinstance(text.proj, nn.Linear):
         _refuse("text.proj", f"{type(text.proj).__name__}; there, hf_proj_type is linear")
-    # What is named bfloat16 there would be built in that.
-    config = text.transformer.config.to_dict() | {"dtype": "float32"}
+    # What is named bfloat16 there would be built in that; where it was read from is nobody's business.
+    config = text.transformer.config.to_dict() | {"dtype": "float32", "_name_or_path": ""}
     state = {f"text_model.{name}": tensor for name, tensor in text.transformer.state_dict().items()}
     return Tower(config, {**state, "text_projection.weight": text.proj.weight})
 

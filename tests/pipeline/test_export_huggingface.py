@@ -113,6 +113,8 @@ def test_a_hugging_face_text_tower_is_the_same(tmp_path, bert, vision):
     found = exported(with_bert(tmp_path, bert, vision, bert_text(bert)))
     assert found["max_abs"] <= 1e-5
     assert found["differing_tokens"] == 0
+    files = [path for path in (tmp_path / "export/huggingface").iterdir() if path.suffix in (".json", ".md")]
+    assert not [path for path in files if str(bert) in path.read_text()]
 
 
 @pytest.mark.slow
