@@ -58,6 +58,10 @@ def doctor(cluster: AnyCluster, folder: Path, nodes: int, wait_s: float) -> Iter
         from launch import doctor_slurm
 
         yield from doctor_slurm.findings(cluster, folder, nodes, wait_s)
+    else:
+        from launch import doctor_kubernetes
+
+        yield from doctor_kubernetes.findings(cluster, folder, nodes)
 
 
 def failed(check: str, error: str) -> Finding:
