@@ -6,7 +6,7 @@ As root a host is a set of namespaces (network, UTS, mount) that ends with its p
     198.18.7.254                                              ├─ node2, 198.18.7.2
                                                               └─ …
 
-Where that cannot be (see `refused`), Lodgers stand in: processes that share this machine's address and name.
+Where that cannot be (see `refused`), Machines stand in: processes that share this machine's address and name.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+
+import psutil
 
 from tests.keeper import Kept
 
@@ -35,77 +36,100 @@ mount --bind {folder}/nsswitch.conf /etc/nsswitch.conf
 mount -t sysfs sysfs /sys
 echo {name} >/proc/sys/kernel/hostname
 ip link set lo up
+at_switch="nsenter --net=/proc/{switch}/ns/net"
+$at_switch ip link delete {name} 2>/dev/null || true # of a host that was killed just now
 ip link add eth0 type veth peer name {name} netns {switch}
-nsenter --net=/proc/{switch}/ns/net ip link set {name} master switch up
+$at_switch ip link set {name} master switch up
 ip address add {address}/24 dev eth0
 ip link set eth0 up
 exec "$@"
 """
 
 
-class Machines(Protocol):
-    """What Hosts and Lodgers do alike.
+class Machines:
+    """Processes that stand for hosts, but share this machine's address and name.
 
     Attributes:
         login: the address of this machine, as the hosts reach it.
         addresses: of each host.
     """
 
-    login: str
-    addresses: dict[str, str]
+    def __init__(self, folder: Path, names: Sequence[str]) -> None:
+        """`folder` is for hosts' files and logs."""
+        self._folder, self._kept = folder, dict[str, Kept]()
+        self.login = self._join()
+        self.addresses = self._settle(names)
+
+    def _join(self) -> str:
+        """Put this machine into the hosts' network; its address there."""
+        return _own_address()
+
+    def _settle(self, names: Sequence[str]) -> dict[str, str]:
+        """Give each host its address."""
+        return dict.fromkeys(names, self.login)
 
     def boot(self, name: str, command: Sequence[object], env: Mapping[str, str]) -> None:
         """Start a host that runs a command."""
+        self._kept[name] = Kept(command, self._folder / f"{name}.log", env)
 
     def kill(self, name: str) -> None:
         """Cut a host's power: all its processes are gone, and nobody is told."""
+        self._kept.pop(name).kill()
 
     def running(self, name: str) -> bool:
         """Whether a host was started, and its command has not ended."""
+        return name in self._kept and self._kept[name].running()
+
+    def processes(self, name: str) -> list[psutil.Process]:
+        """What runs on a host."""
+        return psutil.Process(self._kept[name].pid).children(recursive=True)
 
     def inside(self, name: str) -> list[str]:
         """What must stand before a command that is to run on a host."""
+        return []
 
     def mend(self) -> None:
-        """Plug all cables in, and write all hosts files anew."""
+        """Undo what was done to cables and names."""
 
     def stop(self) -> None:
-        """End all of it."""
+        """Kill all of it."""
+        for kept in self._kept.values():
+            kept.ask()
+        for kept in self._kept.values():
+            kept.kill()
 
 
-class Hosts:
-    """Real hosts, as far as one kernel can tell. Root only.
+class Hosts(Machines):
+    """Real hosts, as far as one kernel can tell. Root only, and not where `refused`.
 
     Attributes:
         link: this machine's end of its cable to the switch.
     """
 
-    def __init__(self, folder: Path, names: Sequence[str]) -> None:
-        """Lay the cables; `folder` is for hosts files and logs."""
-        self._folder, self._kept = folder, dict[str, Kept]()
-        self._switch = Kept(["sleep", "infinity"], folder / "switch.log", os.environ, ["--net"])
+    def _join(self) -> str:
+        self._switch = Kept(["sleep", "infinity"], self._folder / "switch.log", os.environ, ["--net"])
         mine, other = Path("/proc/self/ns/net").readlink(), Path(f"/proc/{self._switch.pid}/ns/net")
         until(lambda: other.readlink() != mine, "the switch has a namespace")
         self._at_switch("ip link add switch type bridge")
-        subnet = self._lay_cable_to_login()
-        for command in ("ip link set switch up", "ip link set login master switch up"):
-            self._at_switch(command)
-        self.login = f"{subnet}.{LOGIN}"
-        self.addresses = {name: f"{subnet}.{number}" for number, name in enumerate(names, 1)}
-        (folder / "nsswitch.conf").write_text("passwd: files\ngroup: files\nhosts: files\n")
-        for name in names:
-            self.hosts_file(name).write_text(self._names())
-
-    def _lay_cable_to_login(self) -> str:
-        """A subnet that is nobody else's: whose the link of that name is, his is the subnet."""
+        self._at_switch("ip link set switch up")
+        # A link's name is nobody else's in this machine, and with it the subnet.
         for subnet in random.sample(SUBNETS, len(SUBNETS)):
             self.link = "slurm-" + subnet.partition(".")[2]
             added = f"ip link add {self.link} type veth peer name login netns {self._switch.pid}"
             if _run(added.split(), check=False) == 0:
-                _run(f"ip address add {subnet}.{LOGIN}/24 dev {self.link}".split())
-                _run(f"ip link set {self.link} up".split())
-                return subnet
-        raise OSError("no subnet is free")
+                break
+        self._at_switch("ip link set login master switch up")
+        _run(f"ip address add {subnet}.{LOGIN}/24 dev {self.link}".split())
+        _run(f"ip link set {self.link} up".split())
+        return f"{subnet}.{LOGIN}"
+
+    def _settle(self, names: Sequence[str]) -> dict[str, str]:
+        subnet = self.login.rpartition(".")[0]
+        self.addresses = {name: f"{subnet}.{number}" for number, name in enumerate(names, 1)}
+        (self._folder / "nsswitch.conf").write_text("passwd: files\ngroup: files\nhosts: files\n")
+        for name in names:
+            self.hosts_file(name).write_text(self._names())
+        return self.addresses
 
     def boot(self, name: str, command: Sequence[object], env: Mapping[str, str]) -> None:
         script = BOOT.format(folder=self._folder, name=name, switch=self._switch.pid, address=self.addresses[name])
@@ -114,17 +138,13 @@ class Hosts:
 
     def kill(self, name: str) -> None:
         self.pull(name)
-        self._kept.pop(name).kill()
-        self._at_switch(f"ip link delete {name}", check=False)  # the kernel may have been here first
-
-    def running(self, name: str) -> bool:
-        return name in self._kept and self._kept[name].running()
+        super().kill(name)
 
     def inside(self, name: str) -> list[str]:
         return ["nsenter", f"--target={self._kept[name].pid}", *NAMESPACES]
 
     def pull(self, name: str) -> None:
-        """Pull a host's cable out of the switch; on the host its end loses the carrier."""
+        """Pull a host's cable; it sees that its link has no carrier."""
         self._at_switch(f"ip link set {name} down")
 
     def plug(self, name: str) -> None:
@@ -146,48 +166,16 @@ class Hosts:
     def mend(self) -> None:
         for name in self.addresses:
             self.hosts_file(name).write_text(self._names())
-        for name in self._kept:
+        for name in filter(self.running, self._kept):
             self.plug(name)
 
     def stop(self) -> None:
         _run(f"ip link delete {self.link}".split(), check=False)
-        for kept in self._kept.values():
-            kept.ask()
-        for kept in (*self._kept.values(), self._switch):
-            kept.kill()
+        super().stop()
+        self._switch.kill()
 
     def _at_switch(self, command: str, check: bool = True) -> None:
         _run(["nsenter", f"--target={self._switch.pid}", "--net", *command.split()], check)
-
-
-class Lodgers:
-    """Processes on this machine, at its own address."""
-
-    def __init__(self, folder: Path, names: Sequence[str]) -> None:
-        self._folder, self._kept = folder, dict[str, Kept]()
-        self.login = _own_address()
-        self.addresses = dict.fromkeys(names, self.login)
-
-    def boot(self, name: str, command: Sequence[object], env: Mapping[str, str]) -> None:
-        self._kept[name] = Kept(command, self._folder / f"{name}.log", env)
-
-    def kill(self, name: str) -> None:
-        self._kept.pop(name).kill()
-
-    def running(self, name: str) -> bool:
-        return name in self._kept and self._kept[name].running()
-
-    def inside(self, name: str) -> list[str]:
-        return []
-
-    def mend(self) -> None:
-        """Nothing of theirs can break."""
-
-    def stop(self) -> None:
-        for kept in self._kept.values():
-            kept.ask()
-        for kept in self._kept.values():
-            kept.kill()
 
 
 def refused() -> str:
@@ -198,7 +186,7 @@ def refused() -> str:
         "mount -t sysfs sysfs /sys && ip link add probe type veth peer name other && ip link add name sw type bridge"
     )
     done = subprocess.run(["unshare", *NAMESPACES, "sh", "-c", probe], capture_output=True, text=True)
-    return done.stderr.strip() and f"namespaces are refused here ({done.stderr.strip()})" if done.returncode else ""
+    return f"namespaces are refused here ({done.stderr.strip()})" if done.returncode else ""
 
 
 def until(holds: Callable[[], bool], what: str, timeout_s: float = 30) -> None:

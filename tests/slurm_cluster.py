@@ -16,10 +16,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
-from tests.hosts import Hosts, Lodgers, Machines, refused, until
+from tests.hosts import Hosts, Machines, refused, until
 from tests.keeper import Kept
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
+# Where daemons are, which not every user's PATH has.
+PATH = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin"
 SOCKET_PATH_LIMIT = 100
 START_S, COMMAND_S = 30, 20
 
@@ -56,7 +58,7 @@ class Cluster:
 
     Attributes:
         names: of its nodes.
-        machines: what the nodes are; Hosts can do more than Lodgers.
+        machines: what the nodes are; Hosts if they can be.
         env: variables for programs that are to find this cluster and no other.
     """
 
@@ -91,7 +93,7 @@ class Cluster:
             warnings.warn(f"SLURM's nodes here are processes, no hosts: {reason}", stacklevel=2)
         self._hosts = not refused() if hosts is None else hosts
         others = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SBATCH"))}
-        self.env = others | {"SLURM_CONF": str(folder / "slurm.conf")}
+        self.env = others | {"PATH": PATH, "SLURM_CONF": str(folder / "slurm.conf")}
 
     def __enter__(self) -> Cluster:
         self.start()
@@ -105,7 +107,7 @@ class Cluster:
     def start(self) -> None:
         """Start all of it, and return when every node is idle."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.machines = Hosts(self.folder, self.names) if self._hosts else Lodgers(self.folder, self.names)
+        self.machines = (Hosts if self._hosts else Machines)(self.folder, self.names)
         try:
             self._configure()
             self._keep("munged", *self._munged())
@@ -113,8 +115,10 @@ class Cluster:
             self._keep("slurmctld", "slurmctld", "-D")
             for name in self.names:
                 self.start_node(name)
+            until(self._answers, "slurmctld to answer")
             self.wait_nodes("idle")
-        except BaseException:
+        except BaseException as error:
+            error.add_note(self.logs())
             self.stop()
             raise
 
@@ -125,13 +129,17 @@ class Cluster:
             kept.kill()
 
     def reset(self) -> None:
-        """End all jobs, mend what is broken, and return when every node is idle."""
+        """End all jobs, mend what is broken, and return when every node is idle and nothing runs on it."""
         self.machines.mend()
-        for name in self.names:
+        for name, state in self.nodes().items():
+            # A node that was cut off still runs what has begun again elsewhere.
+            if state.startswith("down") and self.machines.running(name):
+                self.kill_node(name)
             if not self.machines.running(name):
                 self.start_node(name)
         self.run("scancel", f"--user={getpass.getuser()}")
         self.wait_nodes("idle")
+        until(lambda: all(len(self.machines.processes(name)) == 1 for name in self.names), "every task to end")
 
     # Jobs
 
@@ -248,6 +256,11 @@ class Cluster:
     def _keep(self, name: str, *command: object) -> None:
         self._kept[name] = Kept(command, self.folder / f"{name}.log", self.env)
 
+    def _answers(self) -> bool:
+        assert self._kept["slurmctld"].running(), "slurmctld has ended"
+        ping = subprocess.run(["scontrol", "ping"], env=self.env, capture_output=True, timeout=COMMAND_S)
+        return ping.returncode == 0
+
     def _munged(self) -> list[object]:
         assert len(str(self._socket)) < SOCKET_PATH_LIMIT, f"{self._socket}: a socket's path must be shorter"
         key = self.folder / "munge.key"
@@ -304,7 +317,7 @@ class Cluster:
 
 def missing() -> list[str]:
     """Programs of SLURM that this machine does not have."""
-    return [program for program in PROGRAMS if not shutil.which(program)]
+    return [program for program in PROGRAMS if not shutil.which(program, path=PATH)]
 
 
 def _free_ports(count: int) -> list[int]:

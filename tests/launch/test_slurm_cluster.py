@@ -86,15 +86,24 @@ class TestFaults:
         slurm.wait(job, "FAILED")
         assert "srun: error: node2: task 1: Killed" in lines(tmp_path, job)
 
-    def test_a_preempted_job_hears_usr1_in_its_script_and_waits_its_turn(self, slurm, tmp_path):
-        script = f"trap 'echo heard' USR1; echo ready; {SLEEP}; scontrol requeue $SLURM_JOB_ID; sleep 10"
-        options = ("--exclusive", "--requeue", "--signal=B:USR1@20", "--open-mode=append")
-        job = slurm.sbatch(script, "-N4", *options, folder=tmp_path)
+    def test_a_node_may_be_reported_down_before_it_is_missed(self, slurm, tmp_path):
+        job = slurm.sbatch(SLEEP, "-N2", "--requeue", folder=tmp_path)
+        until(lambda: set(slurm.tasks(job)) == {0, 1}, "both tasks")
+        slurm.kill_node("node2")
+        slurm.report_down("node2")
+        assert slurm.nodes()["node2"] == "down"
+        assert slurm.wait(job, "PENDING")["Restarts"] == "1"
+
+    def test_a_preempted_job_hears_usr1_in_its_script_and_is_queued_again_after_its_grace(self, new_cluster, tmp_path):
+        cluster = new_cluster(nodes=2, grace_s=2)
+        script = f"trap 'echo heard' USR1; echo ready; {SLEEP}; wait $!; echo end"
+        job = cluster.sbatch(script, "-N2", "--exclusive", "--requeue", "--signal=B:USR1@60", folder=tmp_path)
         until(lambda: lines(tmp_path, job) == ["ready"], "a first line")
-        urgent = slurm.sbatch("true", "-N4", "--exclusive", f"--partition={URGENT}", "--output=urgent", folder=tmp_path)
-        slurm.wait(urgent, "COMPLETED")
-        assert slurm.wait(job, "RUNNING")["Restarts"] == "1"
-        assert "heard" in lines(tmp_path, job)
+        urgent = cluster.sbatch("true", "-N2", "--exclusive", f"--partition={URGENT}", "-o/dev/null", folder=tmp_path)
+        until(lambda: lines(tmp_path, job) == ["ready", "heard"], "the signal")
+        assert cluster.wait(job, "PENDING")["Restarts"] == "1"
+        cluster.wait(urgent, "COMPLETED")
+        assert "end" not in lines(tmp_path, job)
 
 
 class TestEnd:
