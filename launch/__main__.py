@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -179,6 +180,25 @@ def check_node(
     if problems or warnings:
         typer.echo(preflight.report(node, problems, warnings), err=True)
     raise typer.Exit(USER_MUST_ACT if problems else 0)
+
+
+@app.command(hidden=True)
+def pod(
+    arguments: Annotated[list[str], typer.Argument(help="After --: of `python -m`.")],
+    run: RunOption,
+    folder: Annotated[str, typer.Option(help="Where relative paths begin.")] = "",
+    nodes: Annotated[int, typer.Option(help="How many nodes train together.")] = 1,
+    processes: Annotated[int, typer.Option(help="Ranks on each.")] = 1,
+    trains: Annotated[bool, typer.Option("--trains", help="It is the trainer.")] = False,
+    restarts: Annotated[int, typer.Option(help="How often it is started again in this pod.")] = 0,
+    parts: Annotated[int, typer.Option(help="As how many pods data is prepared.")] = 0,
+) -> None:
+    """What each pod of a job on Kubernetes runs: a program, again after each stop."""
+    from launch import pod as pods
+
+    if folder:
+        os.chdir(folder)
+    raise typer.Exit(pods.keep_running(pods.this_pod(run, nodes, processes, trains, restarts, parts), arguments))
 
 
 def _job(

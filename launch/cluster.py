@@ -48,7 +48,15 @@ def _no_secrets(variables: dict[str, str]) -> dict[str, str]:
     return variables
 
 
+def _secret_entry(entry: str) -> str:
+    """Names of Secrets are domain names; keys have dots, dashes and underscores. What is found may be the secret."""
+    if not re.fullmatch(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?/[A-Za-z0-9._-]+", entry):
+        raise ValueError("write SECRET/KEY, the names of a Secret and of an entry in it; never the secret itself")
+    return entry
+
+
 Time = Annotated[str, BeforeValidator(_checked_time)]
+SecretEntry = Annotated[str, AfterValidator(_secret_entry)]
 Network = Literal["ethernet", "infiniband", "efa"]
 
 
@@ -130,12 +138,15 @@ class KubernetesCluster(RemoteCluster):
     )
     context: str = Field("", description="of the kubeconfig; by default the current one")
     namespace: str = Field("default", description="where jobs are made")
+    runtime: str = Field("torch-distributed", description="the ClusterTrainingRuntime that a TrainJob refers to")
     volumes: list[Volume] = Field([], description="storage; run folder and data lie there")
-    secrets: list[str] = Field([], description="names of Secrets whose entries become variables")
-    shared_memory_gb: int = Field(8, gt=0, description="/dev/shm of a pod, which loaders hand batches over in")
+    secrets: dict[str, SecretEntry] = Field({}, description="variable: SECRET/KEY, the entry of a Secret that it holds")
+    shared_memory_gb: int = Field(8, gt=0, description="/dev/shm, where loaders hand over batches; part of memory_gb")
     tolerations: list[dict[str, Any]] = Field([], description="taints that pods accept")
     node_selector: dict[str, str] = Field({}, description="labels that nodes must have")
+    run_as: int | None = Field(None, ge=0, description="user id of pods, which may write to the volumes; null: image's")
     gpu_resource: str = Field("nvidia.com/gpu", description="how the cluster names a GPU")
+    resources: dict[str, str] = Field({}, description="what else a pod needs, such as vpc.amazonaws.com/efa: 4")
 
 
 AnyCluster = LocalCluster | SlurmCluster | KubernetesCluster

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shlex
-import signal
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 
 from launch.cluster import LocalCluster
 from launch.job import Job, LaunchError, Stage, Task
+from launch.program import Programs
 
 
 def render(job: Job, stages: Sequence[Stage], cluster: LocalCluster) -> dict[str, str]:
@@ -47,19 +43,7 @@ def run(stage: Stage, task: Task, environment: dict[str, str]) -> int:
 
     A stop request (SIGTERM, Ctrl-C) is passed on; the trainer then saves and the code is 75.
     """
-    verdict = task.run / "exit.json"
-    if stage.name == "train":
-        verdict.unlink(missing_ok=True)
-    variables = {**os.environ, **environment}
-    with subprocess.Popen(command(stage, task), start_new_session=True, env=variables) as process:
-
-        def pass_on(number: int, frame: FrameType | None) -> None:
-            process.send_signal(signal.SIGTERM)
-
-        previous = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
-        code = process.wait()
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-    if stage.name == "train" and verdict.is_file():
-        return int(json.loads(verdict.read_text(encoding="utf-8"))["code"])
-    return code
+    with Programs() as programs:
+        if stage.name == "train":
+            return programs.train(command(stage, task), environment, task.run)[0]
+        return programs.run(command(stage, task), environment)
