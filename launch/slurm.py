@@ -25,7 +25,7 @@ FIXES = {
     "invalid partition": "`partition` of the cluster file; `sinfo` lists them",
     "Invalid account": "`account` and `partition` of the cluster file; `sacctmgr show assoc user=$USER` lists them",
     "Invalid qos": "`qos` of the cluster file; `sacctmgr show qos` lists them",
-    "node configuration is not available": "fewer GPUs, cores or memory a node (the cluster file), or other nodes; "
+    "node configuration is not available": "fewer --nodes, or fewer GPUs, cores or memory a node (the cluster file); "
     "`sinfo -N -l` shows what nodes have",
     "Node count specification invalid": "fewer --nodes; `sinfo` shows how many the partition has",
     "time limit": "a shorter --time; `scontrol show partition` shows MaxTime",

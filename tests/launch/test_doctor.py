@@ -207,6 +207,7 @@ def test_two_hosts_sum_numbers(slurm_hosts, examine, tmp_path):
     assert list((tmp_path / "runs").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_host_whose_own_name_is_loopback(slurm_hosts, examine):
     for name in slurm_hosts.names:
         slurm_hosts.machines.name_loopback(name)
@@ -294,7 +295,9 @@ def test_a_port_in_use(slurm_hosts, examine, tmp_path):
     command = [*slurm_hosts.machines.inside("node1"), sys.executable, "-uc", taken]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as holder:
         assert holder.stdout.readline() == b"\n"
-        code, found = examine(sbatch='["--nodelist=node1,node2"]')
-        holder.kill()
+        try:
+            code, found = examine(sbatch='["--nodelist=node1,node2"]')
+        finally:
+            holder.kill()
     assert code == 2
     assert re.search(r"node node1: port \d+, where the ranks would meet, is in use .*\(by python", found)
