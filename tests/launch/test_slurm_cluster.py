@@ -18,9 +18,15 @@ from tests.slurm_cluster import URGENT, Cluster
 SLEEP = "srun sleep 100 & wait $!"
 # As daemons do: two sessions of their own, one of a process whose parent has ended.
 RUNAWAYS = "srun --overlap bash -c 'setsid sleep 100 & (setsid sleep 100 &); echo away; sleep 100'"
-BOTH = pytest.mark.parametrize(
-    "hosts", [pytest.param(True, marks=pytest.mark.skipif(bool(refused()), reason=refused())), False]
-)
+
+
+@pytest.fixture(params=["hosts", "processes"])
+def hosts(request, _slurm_installed) -> bool:
+    """Whether nodes are to be hosts: once so, once not."""
+    reason = refused() if request.param == "hosts" else ""
+    if reason:
+        pytest.skip(reason)
+    return request.param == "hosts"
 
 
 def lines(folder: Path, job: str) -> list[str]:
@@ -107,7 +113,6 @@ class TestFaults:
 
 
 class TestEnd:
-    @BOTH
     def test_nothing_is_left_of_a_cluster(self, hosts, tmp_path):
         with Cluster(tmp_path / "slurm", nodes=2, hosts=hosts) as cluster:
             job = cluster.sbatch(RUNAWAYS, "-N2", folder=tmp_path)
@@ -117,7 +122,6 @@ class TestEnd:
         assert processes(tmp_path) == []
         assert link(cluster) not in psutil.net_if_addrs()
 
-    @BOTH
     def test_nothing_is_left_after_a_killed_test_run(self, hosts, tmp_path):
         code = f"""
 import pathlib, time
