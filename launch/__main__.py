@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,8 +16,11 @@ from launch.job import Job, LaunchError, stages
 
 if TYPE_CHECKING:
     from launch.cluster import AnyCluster
+    from launch.submission import Submission
 
 USER_MUST_ACT = 2
+# States, in SLURM's words, of jobs that still write their run folder, or will.
+ACTIVE = {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING"}
 
 RunOption = Annotated[Path, typer.Option(help="The run folder; an unfinished run there goes on.")]
 RunArgument = Annotated[Path, typer.Argument(help="The run folder that was submitted with.", metavar="RUN")]
@@ -102,6 +106,7 @@ def submit(
     site = clusters.load(cluster)
     parts = stages(job, site.processes)
     backend = _backend(site)
+    _refuse_a_second(run)
     folder = submission.keep(run, backend.render(job, parts, site))
     raise typer.Exit(backend.submit(job, parts, site, folder))
 
@@ -130,6 +135,31 @@ def render(
     files = _backend(site).render(job, stages(job, site.processes), site)
     for name, text in files.items():
         typer.echo(f"# --- {run / submission.FOLDER / name}\n{text}" if len(files) > 1 else text, nl=False)
+
+
+@app.command()
+def status(run: RunArgument) -> None:
+    """Say how a run's jobs are getting on: state, nodes, restarts, and of training step, rate, loss and time left."""
+    from launch import follow
+
+    found = _submitted(run)
+    follow.show(follow.rows(run, found, _backend(found.cluster).states if found else lambda _: []))
+
+
+@app.command()
+def logs(
+    run: RunArgument,
+    lines: Annotated[int, typer.Option(min=1, help="Of each job.")] = 50,
+) -> None:
+    """Print the last lines of a run's jobs: of the rank that failed first, where one did."""
+    from launch import follow
+
+    found = _submitted(run)
+    backend = _backend(found.cluster) if found else None
+    if found and backend and hasattr(backend, "last_lines"):  # logs that are no files here
+        typer.echo(backend.last_lines(found, lines))
+        return
+    typer.echo(follow.last_lines(run, found, backend.states(found) if backend else [], lines))
 
 
 @app.command()
@@ -199,6 +229,27 @@ def pod(
     if folder:
         os.chdir(folder)
     raise typer.Exit(pods.keep_running(pods.this_pod(run, nodes, processes, trains, restarts, parts), arguments))
+
+
+def _submitted(run: Path) -> Submission | None:
+    """What was submitted for a run; None for one that was started otherwise."""
+    from launch import submission
+
+    there = (run / submission.FOLDER / submission.RECORD).is_file()
+    return submission.recorded(run) if there else None
+
+
+def _refuse_a_second(run: Path) -> None:
+    """Two jobs that write one run folder would spoil it."""
+    found = _submitted(run)
+    if found is None:
+        return
+    states = _backend(found.cluster).states(found)
+    if active := [f"{one['id']} ({one['state']})" for one in states if one["state"] in ACTIVE]:
+        raise LaunchError(
+            f"--run {run} is being worked on: {', '.join(active)}. Wait, or take that back first: "
+            f"python -m launch cancel {shlex.quote(str(run))}"
+        )
 
 
 def _job(

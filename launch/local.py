@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import psutil
+
+from launch import submission
 from launch.cluster import LocalCluster
 from launch.job import Job, LaunchError, Stage, Task
 from launch.program import Programs
+from launch.submission import Submission, Submitted
+
+REQUEUE = 75
 
 
 def render(job: Job, stages: Sequence[Stage], cluster: LocalCluster) -> dict[str, str]:
@@ -23,11 +31,67 @@ def submit(job: Job, stages: Sequence[Stage], cluster: LocalCluster, folder: Pat
     """Run all tasks one after the other, and return the first exit code that is not 0."""
     if any(stage.nodes > 1 for stage in stages):
         raise LaunchError(f"--nodes {job.nodes}: --cluster local is one machine. Use --processes for ranks on it.")
-    for stage in stages:
+    codes: list[list[int]] = [[] for _ in stages]
+    _record(job, stages, cluster, codes)
+    for number, stage in enumerate(stages):
         for task in stage.tasks:
-            if code := run(stage, task, cluster.environment):
+            code = run(stage, task, cluster.environment)
+            codes[number].append(code)
+            _record(job, stages, cluster, codes)
+            if code:
                 return code
     return 0
+
+
+def _record(job: Job, stages: Sequence[Stage], cluster: LocalCluster, codes: Sequence[Sequence[int]]) -> None:
+    """Note which process runs the stages, and how those of their tasks ended that have."""
+    me = f"{os.getpid()}@{int(psutil.Process().create_time())}"
+    jobs = (
+        Submitted(stage.name, ":".join([me, *map(str, ended)]), tuple(str(task.run) for task in stage.tasks))
+        for stage, ended in zip(stages, codes, strict=True)
+    )
+    submission.record(job.run, Submission(cluster, tuple(jobs)))
+
+
+def states(found: Submission) -> list[dict[str, Any]]:
+    """Of each task {stage, run, id, state, restarts, reason, nodes}: COMPLETED, FAILED, STOPPED, RUNNING, PENDING.
+
+    Where nothing runs them any more, those that have not ended are KILLED, if they had begun, or CANCELLED.
+    """
+    waiting = ["RUNNING", "PENDING"] if _process(found) else ["KILLED", "CANCELLED"]
+    rows = []
+    for one in found.jobs:
+        me, *codes = one.id.split(":")
+        for number, run in enumerate(one.runs):
+            code = int(codes[number]) if number < len(codes) else None
+            if code is None:
+                state = waiting[0]
+                waiting[0] = waiting[1]
+            else:
+                state = {0: "COMPLETED", REQUEUE: "STOPPED"}.get(code, "FAILED")
+                if code:
+                    waiting = ["CANCELLED", "CANCELLED"]
+            reason = f"exit code {code}" if code else ""
+            row = {"stage": one.stage, "run": run, "id": me, "state": state}
+            rows.append(row | {"restarts": 0, "reason": reason, "nodes": ""})
+    return rows
+
+
+def cancel(found: Submission) -> None:
+    """Ask what runs here to stop; the trainer saves then."""
+    if process := _process(found):
+        process.terminate()
+
+
+def _process(found: Submission) -> psutil.Process | None:
+    """The process that runs the stages, if it still does."""
+    pid, _, began = found.jobs[0].id.partition(":")[0].partition("@")
+    try:
+        process = psutil.Process(int(pid))
+        alive = int(process.create_time()) == int(began) and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return None
+    return process if alive else None
 
 
 def command(stage: Stage, task: Task) -> list[str]:

@@ -54,7 +54,10 @@ def record(run: Path, submission: Submission) -> None:
         "cluster": submission.cluster.model_dump(mode="json"),
         "jobs": [asdict(one) for one in submission.jobs],
     }
-    (run / FOLDER / RECORD).write_text(json.dumps(values, indent=1), encoding="utf-8")
+    path = run / FOLDER / RECORD
+    new = path.with_suffix(".new")
+    new.write_text(json.dumps(values, indent=1), encoding="utf-8")
+    new.replace(path)  # at once, for those that read it meanwhile
 
 
 def recorded(run: Path) -> Submission:
