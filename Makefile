@@ -16,7 +16,7 @@ BENCH ?= preparation loading remote plan loss trainer evaluation learning
 BENCH_ALONE := plan loss learning
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo download data verify tokenizer train evaluate export report submit plan-memory gpu-check peers bench test test-slow lint format clean
+.PHONY: help setup demo download data verify tokenizer train evaluate export report submit plan-memory gpu-check peers bench test test-slow endurance lint format clean
 
 need = $(if $(value $(1)),,$(error $@ needs $(1)=…, such as `make $@ $(2)`))
 
@@ -94,10 +94,13 @@ bench: $(STAMP) ## measure beside other tools: BENCH="preparation loading remote
 	set -e; for name in $(BENCH); do case " $(BENCH_ALONE) " in (*" $$name "*) photos=();; (*) photos=(--photos "$(PHOTOS)");; esac; $(BIN)/python -m tests.benchmarks.$$name "$${photos[@]}" $(ARGS); done
 
 test: $(STAMP) ## all tests but the slow ones
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not endurance"
 
 test-slow: $(STAMP) ## the slow ones
 	$(BIN)/python -m pytest -m slow
+
+endurance: $(STAMP) ## half an hour of training on a SLURM of its own, in which something dies every five minutes
+	$(BIN)/python -m pytest -m endurance
 
 lint: $(STAMP) ## style and types
 	$(BIN)/ruff check .
