@@ -5,6 +5,7 @@ Commands import what they need when they run, so that `--help` answers at once.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import sys
@@ -152,7 +153,7 @@ def evaluate(
     beside the training; exit code 75 where it was asked to stop (SIGTERM, Ctrl-C) before the run was done. Under
     torchrun, ranks share the work.
     """
-    _let_loaders_run()
+    _load_torch()
     if not watch:
         from pipeline.evaluate.run import evaluate as run_evaluation
 
@@ -213,7 +214,7 @@ def probe(
     images (Radford et al. 2021, A.3); neighbours vote by exp(cosine / 0.07) (Wu et al. 2018). Writes SET.probe.json and
     results.csv beside what `evaluate` writes, for `compare` too.
     """
-    _let_loaders_run()
+    _load_torch()
     from pipeline.evaluate.probe import probe as run_probe
 
     run_probe(*(model, data, train_images, test_images, train_set, test_set), k=k, step=step, average=average, out=out)
@@ -248,7 +249,7 @@ def embed(
     embeddings.safetensors (images, texts), or images.npy and texts.npy; items.parquet and texts.parquet say what their
     rows are. What was cut off goes on. Under torchrun, ranks share the work.
     """
-    _let_loaders_run()
+    _load_torch()
     from pipeline.evaluate import embeddings
 
     embeddings.embed(model, data, split, out, form=form, half=half, step=step, average=average, transform=transform)
@@ -270,7 +271,7 @@ def score(
     A table a tar, a summary, and a page of the lowest pairs; `python -m data_prep build … --scores DIR --min-score X`
     leaves low pairs out. What was cut off goes on. Under torchrun, ranks share the work.
     """
-    _let_loaders_run()
+    _load_torch()
     from pipeline.evaluate import score as scoring
 
     scoring.score(model, data, out, step=step, average=average, transform=transform)
@@ -295,7 +296,7 @@ def search(
     transform: TransformOption = "exact",
 ) -> None:
     """Find the images that fit a text best, or the images and captions that fit an image best, and show them."""
-    _let_loaders_run()
+    _load_torch()
     from pipeline.evaluate import search as searching
 
     found = searching.search(
@@ -419,9 +420,18 @@ def main(argv: list[str] | None = None) -> int:
     return DONE
 
 
-def _let_loaders_run() -> None:
-    """Let OpenMP's threads sleep, not spin, while they wait, which took half the time. Read when torch is loaded."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+def _load_torch() -> None:
+    """Load what embeds, so that its threads sleep, not spin, while they wait, and without a search for garbage.
+
+    Modules leave next to none, but looking through what they hold, time and again and at the end, took two seconds.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is loaded
+    if "torch" not in sys.modules:
+        gc.disable()
+        import pipeline.trained  # noqa: F401
+
+        gc.freeze()
+        gc.enable()
 
 
 if __name__ == "__main__":

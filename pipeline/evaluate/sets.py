@@ -52,8 +52,8 @@ class Item:
     @property
     def identity(self) -> str:
         """Tells its pixels from others': the bytes' sha256 where it is known, else where and when they were written."""
-        place = f"{self.file.resolve()} {self.offset} {self.file.stat().st_mtime_ns}"
-        return f"{self.record.get('sha256') or place} {self.size}"
+        known = self.record.get("sha256")
+        return f"{known or f'{self.file.resolve()} {self.offset} {self.file.stat().st_mtime_ns}'} {self.size}"
 
     def read(self) -> bytes:
         """The encoded image."""
