@@ -164,6 +164,14 @@ def build(
     executor: Annotated[
         str, typer.Option(help="local, or ray: the cluster at RAY_ADDRESS, else one started on this machine.")
     ] = "local",
+    part: Annotated[
+        str | None,
+        typer.Option(
+            help="Make only part I of N of the shards, on one of several machines that share the sources and --out. "
+            "Once all parts have ended, the same command without --part finds them, and finishes the dataset.",
+            metavar="I/N",
+        ),
+    ] = None,
     overwrite: Annotated[bool, typer.Option(help="Remove a dataset that is already there.")] = False,
     workers: WorkersOption = CORES,
 ) -> None:
@@ -173,6 +181,7 @@ def build(
     from data_prep.captions import TextRules
     from data_prep.executor import EXECUTORS
     from data_prep.locations import remove_tree
+    from data_prep.parts import Part
     from data_prep.scores import read as read_scores
     from data_prep.shards import BUILD
     from data_prep.sources import ReadOptions, parse
@@ -185,6 +194,9 @@ def build(
     if (scores is None) != (min_score is None):
         raise DataError("--scores and --min-score belong together: a folder of scores, and the lowest that may train.")
     rules = TextRules(min_words, yes_no_cap, scrub)
+    if part and overwrite:
+        raise DataError("--part and --overwrite: parts would remove each other's shards. Remove the dataset first.")
+    ours = Part.parse(part) if part is not None else None
     low = None if scores is None or min_score is None else read_scores(scores, min_score, rules)
     if overwrite and out.exists():
         # A lone manifest.json is no sign of ours: many tools write one.
@@ -210,8 +222,11 @@ def build(
         restval=restval,
     )
     with _progress() as advance:
-        dataset = builder.build(pairs, out, options, reading, advance, console.print)
-    _show(dataset)
+        dataset = builder.build(pairs, out, options, reading, advance, console.print, ours)
+    if dataset:
+        _show(dataset)
+    else:
+        console.print(f"part {part}: done. Once all parts are, run the same command without --part.", highlight=False)
 
 
 @app.command()

@@ -7,13 +7,10 @@ sources ──take──▶ records by split ──▶ evaluation shards ──�
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
-import importlib.metadata
 import itertools
 import json
-import platform
-import shutil
-import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -25,11 +22,12 @@ from data_prep.captions import TextRules
 from data_prep.estimate import estimate
 from data_prep.intake import Intake, take
 from data_prep.leakage import HeldOut
-from data_prep.locations import appearing, is_local, remove_tree
+from data_prep.locations import appearing, remove_tree
 from data_prep.manifest import Shard
+from data_prep.parts import Part, own_folder
 from data_prep.record import TRAIN, DataError, Evaluation, Record
 from data_prep.scores import REASON, LowScores
-from data_prep.shards import BUILD, HELD_OUT, Made, Task, make
+from data_prep.shards import BUILD, Made, Task, held_out_file, make, tools
 from data_prep.sources import ReadOptions
 
 Progress = Callable[[str, int, int], None]
@@ -117,9 +115,17 @@ def build(
     reading: ReadOptions,
     progress: Progress = lambda stage, done, total: None,
     say: Callable[[str], None] = lambda text: None,
-) -> manifest.Dataset:
-    """Build a dataset, or finish one that was cut off; `progress` hears of (stage, images done, images in all), `say`
-    of what it will take.
+    part: Part | None = None,
+) -> manifest.Dataset | None:
+    """Build a dataset, or finish one that was cut off, or make one part's share of its shards.
+
+    Args:
+        progress: hears of (stage, images done, images in all).
+        say: hears what it will take, and what was there already.
+        part: see `data_prep.parts`.
+
+    Returns:
+        The dataset, where it is whole; None after a part's share.
 
     Raises:
         DataError: a source is missing or malformed or has no records, two of them contradict each other, or `out` holds
@@ -130,66 +136,65 @@ def build(
             f"--samples-per-shard is 1 to 10000, since keys count in four digits; {options.samples_per_shard}."
         )
     _refuse_foreign(out)
-    scratch = _scratch(out)
-    shutil.rmtree(scratch, ignore_errors=True)
-    reading = dataclasses.replace(reading, spill=scratch / "spill")
-    with executor.EXECUTORS[options.executor](options.workers) as cores:
-        shares = {Evaluation(f"{options.name}_{split}", "retrieval"): share for split, share in options.hold_out}
-        intake = take(pairs, reading, shares, options.seed, scratch, cores)
-        if not intake.read:
-            raise DataError(f"{', '.join(f'{name}={root}' for name, root in pairs)}: no records at all.")
-        if options.low and not any(map(options.low.of, intake.some_records())):
-            raise DataError(
-                f"--scores: none of the {len(options.low.texts):,} images with a text below {options.low.below} is in "
-                "these sources. Were others scored? Images are known by their ids."
-            )
-        recorded = _recorded(options, reading)
-        origin = hashlib.sha256(f"{intake.origin} {recorded}".encode()).hexdigest()
-        if _is_finished(out, origin):
-            shutil.rmtree(scratch, ignore_errors=True)
-            remove_tree(out / BUILD)  # where a build was killed just after the seal
-            return manifest.read(out)
-        manifest.write_atomically(out / BUILD / ORIGIN, json.dumps({"origin": origin}).encode())
+    with own_folder(out, alone=part is None) as scratch:
+        reading = dataclasses.replace(reading, spill=scratch / "spill")
+        with executor.EXECUTORS[options.executor](options.workers) as cores:
+            shares = {Evaluation(f"{options.name}_{split}", "retrieval"): share for split, share in options.hold_out}
+            intake = take(pairs, reading, shares, options.seed, scratch, cores)
+            if not intake.read:
+                raise DataError(f"{', '.join(f'{name}={root}' for name, root in pairs)}: no records at all.")
+            if options.low and not any(map(options.low.of, intake.some_records())):
+                raise DataError(
+                    f"--scores: none of the {len(options.low.texts):,} images with a text below {options.low.below} is "
+                    "in these sources. Were others scored? Images are known by their ids."
+                )
+            recorded = _recorded(options, reading)
+            origin = hashlib.sha256(f"{intake.origin} {recorded}".encode()).hexdigest()
+            if found := _finished(out, origin):
+                return found
+            scratch.mkdir(parents=True, exist_ok=True)
+            manifest.write_atomically(out / BUILD / ORIGIN, json.dumps({"origin": origin}).encode(), scratch)
 
-        images = intake.held_out.count + intake.train.count
-        say(estimate(intake.some_records(), images, out, options.resize, options.workers))
-        scratch.mkdir(parents=True, exist_ok=True)
-        tally = Tally(scratch / "dropped.jsonl")
-        # Evaluation sets first: what they hold decides what may train.
-        _run("evaluation sets", _evaluation_tasks(intake, out, options), intake.held_out.count, tally, cores, progress)
-        looks = ((name, bytes.fromhex(thumbnail)) for name, thumbnail in sorted(tally.looks))
-        held_out = HeldOut(frozenset(tally.files), tuple(looks) if options.near_duplicates else ())
-        held_out.save(out / BUILD / HELD_OUT)
-        ids = intake.held_out_ids()
-        records = _licensed(intake.train_records(ids, tally.drop), options.licenses, tally)
-        tasks = _train_tasks(records, out, options, held_out.sha256())
-        _run("train", tasks, intake.train.count, tally, cores, progress)
-        if options.low:
-            found, count = sum(counts[REASON] for counts in tally.dropped.values()), options.low.summary()["texts"]
-            say(f"{found:,} texts left out, of {count:,} scored below {options.low.below}")
+            images = intake.held_out.count + intake.train.count
+            parts = part.parts if part else 1
+            say(estimate(intake.some_records(), images, out, options.resize, options.workers * parts))
+            tally = Tally(scratch / "dropped.jsonl")
+            run = functools.partial(_run, tally=tally, cores=cores, progress=progress, say=say)
+            # Evaluation sets first: what they hold decides what may train.
+            evaluation = _evaluation_tasks(intake, out, scratch, options)
+            run("evaluation sets", part.in_turn(evaluation) if part else evaluation, intake.held_out.count)
+            looks = ((name, bytes.fromhex(thumbnail)) for name, thumbnail in sorted(tally.looks))
+            held_out = HeldOut(frozenset(tally.files), tuple(looks) if options.near_duplicates else ())
+            held_out.save(held_out_file(out, held_out.sha256()), scratch)
+            ids = intake.held_out_ids()
+            records = _licensed(intake.train_records(ids, tally.drop), options.licenses, tally)
+            tasks = _train_tasks(records, out, scratch, options, held_out.sha256())
+            run("train", part.share(tasks) if part else tasks, intake.train.count // parts)
+            # Another process may have begun or ended here meanwhile, and must not be sealed as this one's.
+            if (found := _finished(out, origin)) or part:
+                return found
+            if options.low:
+                low, count = sum(counts[REASON] for counts in tally.dropped.values()), options.low.summary()["texts"]
+                say(f"{low:,} texts left out, of {count:,} scored below {options.low.below}")
 
-    content = {
-        "name": options.name,
-        "origin": origin,
-        "options": recorded,
-        "splits": _describe(intake.evaluation_sets.values(), tally.shards),
-        "counts": {
-            "read": dict(sorted(intake.read.items())),
-            # An image of two sources counts once, under both names.
-            "kept": dict(sorted(tally.kept.items())),
-            "dropped": {name: dict(sorted(counts.items())) for name, counts in sorted(tally.dropped.items())},
-            "scrubbed": dict(sorted((+tally.scrubbed).items())),
-        },
-        "held_out_sha256": hashlib.sha256("\n".join([*sorted(ids), held_out.sha256()]).encode()).hexdigest(),
-        "tools": {
-            "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in ("pillow", "pyarrow")},
-        },
-    }
-    files = _write_side_files(out, intake.evaluation_sets.values(), tally)
-    report.write(out, tally.shards, content)
-    manifest.write(out, content, tally.shards, [*files, manifest.PAGE])
-    shutil.rmtree(scratch, ignore_errors=True)
+        content = {
+            "name": options.name,
+            "origin": origin,
+            "options": recorded,
+            "splits": _describe(intake.evaluation_sets.values(), tally.shards),
+            "counts": {
+                "read": dict(sorted(intake.read.items())),
+                # An image of two sources counts once, under both names.
+                "kept": dict(sorted(tally.kept.items())),
+                "dropped": {name: dict(sorted(counts.items())) for name, counts in sorted(tally.dropped.items())},
+                "scrubbed": dict(sorted((+tally.scrubbed).items())),
+            },
+            "held_out_sha256": hashlib.sha256("\n".join([*sorted(ids), held_out.sha256()]).encode()).hexdigest(),
+            "tools": tools(),
+        }
+        files = _write_side_files(out, intake.evaluation_sets.values(), tally)
+        report.write(out, tally.shards, content)
+        manifest.write(out, content, tally.shards, [*files, manifest.PAGE])
     remove_tree(out / BUILD)
     return manifest.read(out)
 
@@ -197,13 +202,6 @@ def build(
 # The file below BUILD that says what a dataset under way is made from.
 ORIGIN = "origin.json"
 QUARANTINE = "quarantine.jsonl"
-
-
-def _scratch(out: Path) -> Path:
-    """A folder on this machine for what the build needs only itself; the same for the same dataset."""
-    if is_local(out):
-        return out / BUILD / "scratch"
-    return Path(tempfile.gettempdir()) / f"data_prep-{hashlib.sha256(str(out).encode()).hexdigest()[:16]}"
 
 
 def _licensed(records: Iterable[Record], licenses: tuple[int, ...], tally: Tally) -> Iterator[Record]:
@@ -220,8 +218,8 @@ def _refuse_foreign(out: Path) -> None:
         raise DataError(f"{out} is not empty and holds no dataset. Choose another --out.")
 
 
-def _is_finished(out: Path, origin: str) -> bool:
-    """Whether `out` already holds what is to be built.
+def _finished(out: Path, origin: str) -> manifest.Dataset | None:
+    """What is to be built, if `out` already holds it whole.
 
     Raises:
         DataError: it holds something else.
@@ -236,23 +234,30 @@ def _is_finished(out: Path, origin: str) -> bool:
             f"{out} holds {state} dataset made from other sources or options. Choose another --out, repeat the "
             "command that made it, or replace it with --overwrite."
         )
-    return found is not None and state == "a finished"
+    if found is None or state == "an unfinished":
+        return None
+    remove_tree(out / BUILD)  # of a build that was killed just after the seal, or of a part that came late
+    return manifest.read(out)
 
 
-def _evaluation_tasks(intake: Intake, out: Path, options: Options) -> Iterator[Task]:
+def _evaluation_tasks(intake: Intake, out: Path, scratch: Path, options: Options) -> Iterator[Task]:
     for name in sorted(intake.evaluation_sets):
         first = 0
         for number, part in enumerate(_parts(intake.evaluation_records(name), options.samples_per_shard)):
             keys = tuple(f"s{first + index:07d}" for index in range(len(part)))
             first += len(part)
-            yield Task(out, f"eval/{name}/test/{number}.tar", name, part, keys, options.resize, options.rules)
+            tar = f"eval/{name}/test/{number}.tar"
+            yield Task(out, scratch, tar, name, part, keys, options.resize, options.rules)
 
 
-def _train_tasks(records: Iterator[Record], out: Path, options: Options, held_out: str) -> Iterator[Task]:
+def _train_tasks(
+    records: Iterator[Record], out: Path, scratch: Path, options: Options, held_out: str
+) -> Iterator[Task]:
     for number, part in enumerate(_parts(records, options.samples_per_shard)):
         keys = tuple(f"{number:05d}{index:04d}" for index in range(len(part)))
         low = tuple(map(options.low.of, part)) if options.low else ()
-        yield Task(out, f"train/{number:05d}.tar", TRAIN, part, keys, options.resize, options.rules, held_out, low)
+        tar = f"train/{number:05d}.tar"
+        yield Task(out, scratch, tar, TRAIN, part, keys, options.resize, options.rules, held_out, low)
 
 
 def _parts(records: Iterator[Record], size: int) -> Iterator[tuple[Record, ...]]:
@@ -260,15 +265,25 @@ def _parts(records: Iterator[Record], size: int) -> Iterator[tuple[Record, ...]]
 
 
 def _run(
-    stage: str, tasks: Iterator[Task], total: int, tally: Tally, cores: executor.Executor, progress: Progress
+    stage: str,
+    tasks: Iterable[Task],
+    total: int,
+    tally: Tally,
+    cores: executor.Executor,
+    progress: Progress,
+    say: Callable[[str], None],
 ) -> None:
     """Make shards; `total` counts records before any were merged or held out."""
     done = 0
+    shards: Counter[bool] = Counter()
     for task, made in executor.with_tasks(cores, make, tasks):
         tally.add(task, made)
+        shards[made.found] += 1
         done += len(task.records)
-        progress(stage, done, total)
+        progress(stage, min(done, total), total)
     progress(stage, total, total)
+    if shards[True]:
+        say(f"{stage}: {shards[True]:,} of {shards.total():,} shards were there already")
 
 
 def _write_side_files(out: Path, evaluation_sets: Iterable[Evaluation], tally: Tally) -> list[str]:

@@ -18,7 +18,8 @@ OVERHEAD_BYTES = 4096
 
 
 def estimate(records: Iterable[Record], images: int, out: Path, resize: int | None, workers: int) -> str:
-    """How much disk and time `images` like the first of `records` will take, as a sentence.
+    """How much disk and time `images` like the first of `records` will take, as a sentence; what an earlier build, or
+    parts of this one, left in `out` takes neither again.
 
     Raises:
         DataError: the disk of `out` has less room than that.
@@ -31,11 +32,15 @@ def estimate(records: Iterable[Record], images: int, out: Path, resize: int | No
             sizes.append(0)
     seconds = (time.perf_counter() - began) / max(len(sizes), 1) * images / workers
     needed = sum(sizes) / max(len(sizes), 1) * images
-    said = f"{images:,} images: about {needed / 1e9:.2f} GB and {seconds / 60:.0f} minutes"
     if not is_local(out):
-        return said
+        return f"{images:,} images: about {needed / 1e9:.2f} GB and {seconds / 60:.0f} minutes"
+    made = sum(tar.stat().st_size for pattern in ("train/*.tar", "eval/*/*/*.tar") for tar in out.glob(pattern))
+    missing = max(needed - made, 0)
+    seconds *= missing / max(needed, 1)
+    said = f"{images:,} images: about {needed / 1e9:.2f} GB{f', {made / 1e9:.2f} GB of it there,' if made else ''}"
+    said += f" and {seconds / 60:.0f} minutes"
     free = shutil.disk_usage(next(folder for folder in (out, *out.absolute().parents) if folder.exists())).free
-    if needed > free:
+    if missing > free:
         raise DataError(
             f"{out}: {said}, but {free / 1e9:.2f} GB are free there. Choose another --out, or --resize 256."
         )

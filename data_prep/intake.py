@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
+import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -105,11 +106,12 @@ def take(
     """
     intake = Intake(Spool(folder / "train"), Spool(folder / "held_out"), seed)
     digest = hashlib.sha256()
+    # Where images that came as bytes were put for now does not matter.
+    spill = json.dumps(str(options.spill))[1:-1]
     for name, root in pairs:
         records = sources.read(name, root, options)
         for record in _by_lot(records, hold_out, cores) if hold_out else records:
-            # Where images that came as bytes were put for now does not matter.
-            digest.update(intake.add(record).replace(str(options.spill), "").encode())
+            digest.update(intake.add(record).replace(spill, "").encode())
     digest.update(repr(intake.evaluation_sets).encode("utf-8", "surrogatepass"))
     intake.origin = digest.hexdigest()
     return intake

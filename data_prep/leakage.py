@@ -63,11 +63,12 @@ class HeldOut:
         looks = [f"{name} {thumbnail.hex()}" for name, thumbnail in self.looks]
         return hashlib.sha256("\n".join([*sorted(self.files), *looks]).encode()).hexdigest()
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path, within: Path | None = None) -> None:
+        """Write a file that `load` reads; `within` as in `data_prep.locations.appearing`."""
         buffer = io.BytesIO()
         files = np.array([bytes.fromhex(name) for name in sorted(self.files)], dtype="V32")
         np.savez(buffer, files=files, hashes=self._hash_N, thumbnails=self._thumbnail_NP)
-        write_atomically(path, buffer.getvalue())
+        write_atomically(path, buffer.getvalue(), within)
 
     @classmethod
     def load(cls, path: Path) -> HeldOut:

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import re
+import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -295,11 +296,16 @@ def remove_tree(path: Path) -> None:
 
 
 @contextmanager
-def appearing(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write, which appears under its name once it is complete and on disk, or not at all."""
+def appearing(path: Path, within: Path | None = None) -> Iterator[IO[bytes]]:
+    """A file to write, which appears under its name once it is complete and on disk, or not at all.
+
+    Args:
+        within: where a file of this machine's grows: a folder of its file system that no other process writes to, for
+            beside its name two that make the same file would meet. Once that folder is gone, nothing appears any more.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     if is_local(path):
-        temporary = path.with_name(path.name + ".tmp")
+        temporary = within / f"{secrets.token_hex(8)}.tmp" if within else path.with_name(path.name + ".tmp")
         try:
             with temporary.open("wb") as file:
                 yield file

@@ -209,9 +209,9 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file that is seen whole or not at all."""
-    with appearing(path) as file:
+def write_atomically(path: Path, data: bytes, within: Path | None = None) -> None:
+    """Write a file that is seen whole or not at all; `within` as in `data_prep.locations.appearing`."""
+    with appearing(path, within) as file:
         file.write(data)
 
 

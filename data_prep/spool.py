@@ -44,6 +44,7 @@ class Spool:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.count = 0
+        self._written: set[int] = set()
         self._waiting: dict[int, list[str]] = defaultdict(list)
         self._buffered = 0
 
@@ -56,9 +57,8 @@ class Spool:
 
     def lines(self, stretch: int) -> Iterator[str]:
         """A stretch's lines in the order in which they came."""
-        path = self._file(stretch)
-        if path.is_file():
-            with path.open(encoding="ascii") as file:
+        if stretch in self._written:
+            with self._file(stretch).open(encoding="ascii") as file:
                 for line in file:
                     yield line.rstrip("\n")
         yield from self._waiting.get(stretch, ())
@@ -68,6 +68,7 @@ class Spool:
         for stretch, lines in self._waiting.items():
             with self._file(stretch).open("a", encoding="ascii") as file:
                 file.writelines(f"{line}\n" for line in lines)
+        self._written.update(self._waiting)
         self._waiting.clear()
         self._buffered = 0
 

@@ -61,6 +61,19 @@ def test_an_unfinished_dataset_in_a_bucket_is_finished(tmp_path, bucket, monkeyp
     assert main(["verify", f"{bucket}/out"]) == 0
 
 
+def test_parts_of_a_build_meet_in_a_bucket(tmp_path, bucket, capsys):
+    layouts.coco(tmp_path / "c", {"train2017": list(range(1, 8)), "val2017": [9]})
+    options = ["--workers", "1", "--name", "x", "--samples-per-shard", "2"]
+    arguments = ["build", f"coco={tmp_path / 'c'}", *options, "--out"]
+    assert main([*arguments, str(tmp_path / "out")]) == 0
+    for part in ("1/2", "0/2"):
+        assert main([*arguments, f"{bucket}/out", "--part", part]) == 0
+    assert not path_of(f"{bucket}/out/manifest.json").exists()
+    assert main([*arguments, f"{bucket}/out"]) == 0
+    assert "train: 4 of 4 shards were there already" in capsys.readouterr().err
+    assert content(path_of(f"{bucket}/out")) == content(tmp_path / "out")
+
+
 def test_tars_in_a_bucket_are_read_in_place(tmp_path, bucket):
     layouts.coco(tmp_path / "c", {"train2017": [1, 2, 3]})
     assert main(["build", f"coco={tmp_path / 'c'}", "--out", f"{bucket}/first", "--workers", "1"]) == 0

@@ -64,7 +64,8 @@ def test_the_manifest_s_summary_is_of_the_texts_alone():
 def test_a_shard_begun_with_other_scores_is_not_taken_for_done():
     def task(*low: frozenset[str]) -> str:
         record = Record("a", "table", Path("x.jpg"), captions=("red",))
-        return Task(Path("out"), "train/0.tar", "train", (record,), ("0",), None, TextRules(), "", low).identity()
+        where = Path("out"), Path("scratch"), "train/0.tar"
+        return Task(*where, "train", (record,), ("0",), None, TextRules(), "", low).identity()
 
     # Nothing that is low of its records leaves a shard as it was.
     assert task() == task(frozenset())
