@@ -139,7 +139,9 @@ def _done(pod: Pod) -> bool:
 
 
 def _mark(pod: Pod, index: int | None = None) -> Path:
-    return pod.run / FOLDER / f"done-{pod.job}-{pod.index if index is None else index}"
+    """A file that says that a pod's share is done; a dataset holds nothing but what its manifest lists."""
+    folder = pod.run.with_name(f"{pod.run.name}.parts") if pod.parts else pod.run / FOLDER
+    return folder / f"done-{pod.job}-{pod.index if index is None else index}"
 
 
 def _sleep(programs: Programs, seconds: float) -> None:

@@ -194,9 +194,10 @@ def test_the_last_step_of_a_dataset_begins_when_all_parts_are_done(tmp_path, pro
     monkeypatch.setattr("launch.pod._sleep", lambda *_: keep_running(replace(pod, index=1), words))
     source = "import pathlib, sys\nwith open(sys.argv[1] + '/order', 'a') as file: print(*sys.argv[2:], file=file)"
     words = [program(source), str(tmp_path), "build"]
-    pod = Pod(tmp_path, "job", 0, parts=2)
+    pod = Pod(tmp_path / "data", "job", 0, parts=2)
     assert keep_running(pod, words) == 0
     assert (tmp_path / "order").read_text().splitlines() == ["build --part 0/2", "build --part 1/2", "build"]
+    assert not (tmp_path / "data").exists()  # a dataset is refused that holds what its manifest does not list
 
 
 def wait_for(what: Callable[[], bool], seconds: float = 30) -> None:
