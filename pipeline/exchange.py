@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import distributed_c10d
 
 from data_prep.record import DataError
 from pipeline.data.plan import Ids
@@ -23,6 +24,8 @@ log = logging.getLogger(__name__)
 
 # torch ≥ 2.13 has it under another name, and warns of this one.
 ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+SET_TIMEOUT = getattr(distributed_c10d, "set_timeout", None) or distributed_c10d._set_pg_timeout
+MEETING, PATIENCE = datetime.timedelta(minutes=10), datetime.timedelta(hours=12)
 
 
 class StepReport(NamedTuple):
@@ -123,10 +126,11 @@ def from_main(make: Callable[[], T]) -> T:
     """
     if not dist.is_initialized():
         return make()
+    group = _patient_group()
     box: list[Any] = [None, None]
     if dist.get_rank() == 0:
         box = list(_tried(make))
-    dist.broadcast_object_list(box, src=0, group=_patient_group())
+    dist.broadcast_object_list(box, src=0, group=group)
     if box[1]:
         raise box[1]
     return box[0]
@@ -142,9 +146,10 @@ def together(work: Callable[[], None]) -> None:
     """
     if not dist.is_initialized():
         return work()
+    group = _patient_group()
     _, failure = _tried(work)
     every: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(every, failure, group=_patient_group())
+    dist.all_gather_object(every, failure, group=group)
     for found in every:
         if found:
             raise found
@@ -179,4 +184,7 @@ def _patient_group() -> Any:
 @functools.lru_cache(maxsize=1)
 def _patient_group_of(world: Any) -> Any:
     """Made once for each world of ranks: one that is left and joined again is another."""
-    return dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=12))
+    # A rank may die before all are in the group, which is noticed only after its time-out. Nobody is at work yet.
+    group: Any = dist.new_group(backend="gloo", timeout=MEETING)
+    SET_TIMEOUT(PATIENCE, group)
+    return group

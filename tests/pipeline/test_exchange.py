@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import datetime
+import time
+
 import pytest
 
 from data_prep.record import DataError
-from pipeline import exchange
-from pipeline.failure import TrainingError
+from pipeline import exchange, ranks
+from pipeline.failure import LostRanksError, TrainingError
 from tests.processes import run_ranks
 
 
@@ -49,6 +52,24 @@ def test_all_ranks_see_the_same():
         ]
         * 3
     )
+
+
+def slow_and_lost(rank, world):
+    """A rank is longer at work than the ranks had time to meet; then the last one never comes to a meeting."""
+    exchange.MEETING = datetime.timedelta(seconds=2)
+    told = exchange.from_main(lambda: time.sleep(4) or "at last")
+    exchange._patient_group_of.cache_clear()
+    began = time.monotonic()
+    if rank < world - 1:
+        with pytest.raises(LostRanksError), ranks.losses_told():
+            exchange.from_main(lambda: None)
+    else:
+        time.sleep(4)
+    return told, time.monotonic() - began < 20
+
+
+def test_ranks_wait_for_hours_for_one_that_works_but_not_for_one_that_does_not_come():
+    assert run_ranks(2, slow_and_lost) == [("at last", True)] * 2
 
 
 def test_a_rank_alone_needs_no_group():
