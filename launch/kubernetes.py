@@ -32,7 +32,7 @@ FIXES = {
     401: "log in anew; `kubectl get jobs` must work",
     403: "ask for the rights to create, get and delete jobs, trainjobs and services, and to list pods and read their "
     "logs, in this namespace; `kubectl auth can-i --list` shows those you have",
-    404: "`namespace` of the cluster file; and for a TrainJob, is Kubeflow Trainer 2.2 or newer installed? `kind: job` "
+    404: "`namespace` of the cluster file; and for a TrainJob, is Kubeflow Trainer 2.3 or newer installed? `kind: job` "
     "does without",
     409: "wait until it is gone, then submit again",
     422: "what it names, in the cluster file",
