@@ -173,14 +173,22 @@ def evaluate(
             further=further,
         )
         return
-    if step is not None or average or transform != "exact" or out or by or perturb or memorisation:
+    if step is not None or average or out or by or perturb or memorisation:
         raise DataError(
             "--watch measures every checkpoint of a run, as it is: leave out all but --data, --set, "
-            "--classnames, --templates and --answers."
+            "--classnames, --templates, --answers and --transform."
         )
     from pipeline.evaluate.watch import watch as follow
 
-    done = follow(Path(model), data, names=sets, class_names=classnames, templates=templates, answers=answers)
+    done = follow(
+        Path(model),
+        data,
+        names=sets,
+        class_names=classnames,
+        templates=templates,
+        answers=answers,
+        transform=transform,
+    )
     if done == "requeue":
         raise typer.Exit(REQUEUE)
 
@@ -206,6 +214,7 @@ def probe(
     k: Annotated[int, typer.Option("--k", min=1, help="Neighbours that vote.")] = 20,
     step: StepOption = None,
     average: AverageOption = False,
+    transform: TransformOption = "exact",
     out: Annotated[Path | None, typer.Option(help="Where results go; by default RUN/eval/STEP.", metavar="DIR")] = None,
 ) -> None:
     """Measure frozen features: a linear probe and k nearest neighbours, on unit-norm image embeddings.
@@ -217,7 +226,8 @@ def probe(
     _load_torch()
     from pipeline.evaluate.probe import probe as run_probe
 
-    run_probe(*(model, data, train_images, test_images, train_set, test_set), k=k, step=step, average=average, out=out)
+    chosen = (model, data, train_images, test_images, train_set, test_set)
+    run_probe(*chosen, k=k, step=step, average=average, transform=transform, out=out)
 
 
 @app.command()

@@ -20,6 +20,7 @@ from pipeline import exchange, ranks
 from pipeline import trained as loading
 from pipeline.evaluate import classification, linear_probe, neighbours, sets
 from pipeline.evaluate.measures import check_labels, choose
+from pipeline.evaluate.pixels import transformed
 from pipeline.evaluate.result import Result
 from pipeline.evaluate.run import embedder_of, record, results_folder, screen, table, write, write_csv
 from pipeline.evaluate.sets import EvaluationError, Item
@@ -65,6 +66,7 @@ def probe(
     k: int = neighbours.NEIGHBOURS,
     step: int | None = None,
     average: bool = False,
+    transform: str = "exact",
     out: Path | None = None,
 ) -> dict[str, Any] | None:
     """Fit a probe on a model's image embeddings; write OUT/SET.probe.json, its rows and results.csv; print a table.
@@ -75,6 +77,7 @@ def probe(
         k: neighbours.
         step: a run's checkpoint; None for the newest.
         average: a run's moving average of the weights.
+        transform: of pixels.TRANSFORMS, how images become the model's input.
         out: where results go, and embeddings are kept; None for `results_folder`.
 
     Returns:
@@ -89,6 +92,7 @@ def probe(
     with ranks.inference() as (rank, world, device):
         pair = exchange.from_main(partial(find_pair, data, train, test, train_set, test_set))
         model = loading.load_any(source, step, device, average=average)
+        model = replace(model, preprocess=transformed(transform, model.preprocess))
         folder = out or results_folder(model, average=average)
         embedder = embedder_of(model, folder, rank, world)
         train_MD, test_ND = embedder.images(pair.train), embedder.images(pair.test)

@@ -35,6 +35,7 @@ def watch(
     class_names: str = "",
     templates: str = "",
     answers: Path | None = None,
+    transform: str = "exact",
     poll_s: float = POLL_S,
 ) -> str:
     """Measure a run's checkpoints, the oldest first, until the run is done and all that are left have results.
@@ -45,7 +46,8 @@ def watch(
 
     Args:
         run: the run folder; it need not be there yet.
-        data: the dataset, names, class_names, templates, answers: as for `evaluate`.
+        data: the dataset, names, class_names, templates, answers, transform: as for `evaluate`; results that are there
+            count whatever their transform.
         poll_s: seconds between looks at the run folder.
 
     Returns:
@@ -56,7 +58,7 @@ def watch(
     """
     said: dict[str, Any] = {"class_names": class_names, "templates": templates, "answers": answers}
     names = [source.name for source in choose(data, names, **said)]
-    measure = partial(evaluate, str(run), data, names=names, cache=False, **said)
+    measure = partial(evaluate, str(run), data, names=names, cache=False, transform=transform, **said)
     try:
         with _interrupted_by_signals():
             _follow(run, names, measure, poll_s)

@@ -379,8 +379,9 @@ def test_ranks_follow_a_run_together(run, data):
 def test_sets_that_lack_results_are_measured(run, data, sleeping):
     """A stop between two sets of a checkpoint leaves some of them without; other sets may be asked for later, too."""
     end(run)
-    assert watch.watch(run, data, names=["few_test"]) == "done"
+    assert watch.watch(run, data, names=["few_test"], transform="fast") == "done"
     assert results(run) == {60: ["few_test.json"]}
+    assert json.loads((run / "eval" / "step-00000060" / "few_test.json").read_text())["transform"] == "fast"
     assert watch.watch(run, data) == "done"
     assert results(run) == {60: RESULTS}
 

@@ -86,8 +86,10 @@ def test_sets_of_a_dataset_by_name(data, run, tmp_path):  # noqa: F811
     with pytest.raises(EvaluationError, match="one classification set called pairs_test, and there are none"):
         find_pair(data, None, None, "colors_test", "pairs_test")
     # Neighbours of themselves.
-    found = probe(str(run), data, train_set="colors_test", test_set="colors_test", k=1, out=tmp_path)
-    assert found["metrics"]["knn_acc1"] == 1
+    chosen = ["--train-set", "colors_test", "--test-set", "colors_test", "--k", "1", "--transform", "fast"]
+    assert main(["probe", str(run), "--data", str(data), *chosen, "--out", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "colors_test.probe.json").read_text())
+    assert (found["metrics"]["knn_acc1"], found["transform"]) == (1, "fast")
 
 
 @pytest.mark.parametrize("given", [("d", None, None, "a", ""), ("d", "x", "y", "", ""), (None, "x", None, "", "")])
