@@ -55,7 +55,7 @@ class Model(Protocol):
 
 
 @dataclass(frozen=True)
-class Cache:
+class KeptEmbeddings:
     """Embeddings in a folder, each under the hash of all that it depends on.
 
     Attributes:
@@ -118,7 +118,7 @@ class Embedder:
     workers: int
     rank: int = 0
     world: int = 1
-    cache: Cache | None = None
+    cache: KeptEmbeddings | None = None
 
     def images(self, items: Sequence[Item]) -> Tensor:
         """(N, D) float32 unit-norm rows in the order of `items`, on the CPU, or where the towers are on CUDA.

@@ -36,6 +36,7 @@ from safetensors.torch import save_file
 
 from data_prep.locations import appearing
 from data_prep.manifest import write_atomically
+from data_prep.record import sample_id
 from pipeline import exchange, ranks
 from pipeline import trained as loading
 from pipeline.evaluate.arrays import FORMS, Array
@@ -222,7 +223,7 @@ def _write_part(model: LoadedModel, split: Split, part: int, stem: Path, half: b
     items = [
         {
             "key": item.key,
-            "image_id": str(item.record["image_id"]) if item.record.get("image_id") else None,
+            "image_id": sample_id(Path(file), item.key, item.record),
             "file": file,
             "offset": item.offset,
             "bytes": item.size,

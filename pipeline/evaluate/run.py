@@ -20,7 +20,7 @@ from pipeline import checkpoint as checkpoints
 from pipeline import exchange, ranks
 from pipeline import trained as loading
 from pipeline.evaluate import groups, memorisation, perturb
-from pipeline.evaluate.embed import Cache, Embedder, distinct, rows
+from pipeline.evaluate.embed import Embedder, KeptEmbeddings, distinct, rows
 from pipeline.evaluate.measures import OpenSet, choose, open_set
 from pipeline.evaluate.pixels import name_of, transformed
 from pipeline.evaluate.result import Result, result_files, write_rows
@@ -128,7 +128,7 @@ def results_folder(model: LoadedModel, *, average: bool = False) -> Path:
 
 def embedder_of(model: LoadedModel, folder: Path | None, rank: int = 0, world: int = 1) -> Embedder:
     """Of a model over all ranks, with embeddings kept in `folder`/embeddings."""
-    cache = Cache(folder / "embeddings", model.identity) if folder else None
+    cache = KeptEmbeddings(folder / "embeddings", model.identity) if folder else None
     return Embedder(model, model.batch_size, model.workers, rank, world, cache)
 
 

@@ -18,6 +18,7 @@ from pipeline.__main__ import main
 from pipeline.evaluate.run import evaluate
 from tests import peers
 from tests.data_prep import layouts
+from tests.pipeline.test_during import one_thread  # noqa: F401 (fixture)
 from tests.processes import run_ranks
 
 CONFIG = {
@@ -30,15 +31,6 @@ PHOTO = (50, 40)
 PAIRS, CAPTIONS = 75, (1, 5, 7)
 CLASSES = {"cat": 20, "dog": 12, "bird": 9, "horse": 6, "boat": 4, "no such thing": 0}
 CLASSES |= dict.fromkeys(("tree", "house", "car", "chair", "a long way from home"), 3)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """As the ranks have; with more, sums are cut differently."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

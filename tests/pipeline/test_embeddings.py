@@ -125,6 +125,7 @@ def test_images_without_texts_and_texts_of_some_only(tmp_path):
         assert (about["images"], about["texts"], about["samples"]) == (2, 1, 3)
         found = embeddings.read(tmp_path / form)
         assert [found.items[row]["text"] for row in range(2)] == [None, 0]
+        assert [found.items[row]["image_id"] for row in range(2)] == ["webdataset:0/a", "webdataset:0/b"]
         assert found.texts[0] == {"caption": "red", "image": 1}
         about = embeddings.write(
             colors.model(), open_split(str(tmp_path / "none"), "train"), tmp_path / f"no {form}", form=form

@@ -11,7 +11,7 @@ from PIL import Image
 
 from data_prep.record import DataError
 from pipeline import trained as loading
-from pipeline.evaluate.embed import Cache, Embedder
+from pipeline.evaluate.embed import Embedder, KeptEmbeddings
 from pipeline.evaluate.run import evaluate
 from tests.pipeline.test_during import data, one_thread, run  # noqa: F401 (fixtures)
 
@@ -121,7 +121,7 @@ def test_embeddings_are_made_once_a_model_and_input(run, data, monkeypatch):  # 
 
 def test_the_cache_knows_what_it_was_asked(tmp_path):
     made = iter(torch.arange(9.0)[:, None])
-    cache, other = Cache(tmp_path, "one"), Cache(tmp_path, "two")
+    cache, other = KeptEmbeddings(tmp_path, "one"), KeptEmbeddings(tmp_path, "two")
     found = [
         cache.get(["ab", "c"], lambda: next(made)),
         cache.get(["a", "bc"], lambda: next(made)),
