@@ -184,7 +184,7 @@ def small_one(small, tmp_path_factory) -> dict[str, bytes]:
     return layouts.tree(out)
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(st.data())
 def test_any_parts_of_any_number_in_any_order(small, small_one, tmp_path_factory, data):
     """Some are missing, some run twice, and not all are of the same number: what is missing is made at the end."""
