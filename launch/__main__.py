@@ -107,7 +107,7 @@ def submit(
     parts = stages(job, site.processes)
     backend = _backend(site)
     _refuse_a_second(run)
-    folder = submission.keep(run, backend.render(job, parts, site))
+    folder = submission.keep(job.records, backend.render(job, parts, site))
     raise typer.Exit(backend.submit(job, parts, site, folder))
 
 
@@ -128,13 +128,12 @@ def render(
 ) -> None:
     """Print the scripts or manifests that `submit` would hand over, and submit nothing."""
     from launch import cluster as clusters
-    from launch import submission
 
     job = _job(run, what, recipe, data, nodes, processes, time, settings, sweep, then, evaluate_on)
     site = clusters.load(cluster)
     files = _backend(site).render(job, stages(job, site.processes), site)
     for name, text in files.items():
-        typer.echo(f"# --- {run / submission.FOLDER / name}\n{text}" if len(files) > 1 else text, nl=False)
+        typer.echo(f"# --- {job.records / name}\n{text}" if len(files) > 1 else text, nl=False)
 
 
 @app.command()
@@ -196,8 +195,8 @@ def doctor(
 
 @app.command(hidden=True)
 def check_node(
-    run: RunOption,
-    token: Annotated[str, typer.Option(help="A file in RUN/launch that the first node has written.")],
+    folder: Annotated[Path, typer.Option(help="What is kept of the job, which all nodes must see.")],
+    token: Annotated[str, typer.Option(help="A file there that the first node has written.")],
     master: Annotated[str, typer.Option(help="The first node's address.")],
     port: Annotated[int, typer.Option(help="Where the ranks will meet.")],
     nodes: Annotated[int, typer.Option(help="How many nodes the job has.")],
@@ -205,7 +204,7 @@ def check_node(
     """What a job's batch script runs on each node before the program: is there what the program needs?"""
     from launch import preflight
 
-    node = preflight.this_node(run, token, master, port, nodes)
+    node = preflight.this_node(folder, token, master, port, nodes)
     problems, warnings = preflight.check(node)
     if problems or warnings:
         typer.echo(preflight.report(node, problems, warnings), err=True)
@@ -235,7 +234,7 @@ def _submitted(run: Path) -> Submission | None:
     """What was submitted for a run; None for one that was started otherwise."""
     from launch import submission
 
-    there = (run / submission.FOLDER / submission.RECORD).is_file()
+    there = (submission.folder(run) / submission.RECORD).is_file()
     return submission.recorded(run) if there else None
 
 

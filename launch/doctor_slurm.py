@@ -185,7 +185,7 @@ def _tried(cluster: SlurmCluster, folder: Path, nodes: int, wait_s: float) -> It
     brief = cluster.model_copy(update={"time": RUN_TIME, "stop_seconds": 10, "max_restarts": 0})
     run = folder.absolute() / f"doctor-{uuid.uuid4().hex[:8]}"
     job, stage = _job(run, brief, nodes)
-    kept = submission.keep(run, slurm.render(job, [stage], brief))
+    kept = submission.keep(job.records, slurm.render(job, [stage], brief))
     try:
         slurm.submit(job, [stage], brief, kept)
     except LaunchError as error:

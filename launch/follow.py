@@ -16,7 +16,7 @@ import typer
 import yaml
 
 from launch.job import LaunchError
-from launch.submission import FOLDER, Submission
+from launch.submission import Submission, folder
 
 LOGS = "logs"
 # A run that trains writes a line a step; one that has written none for so long hangs, or its steps are very long.
@@ -163,7 +163,7 @@ def last_lines(run: Path, found: Submission | None, states: Sequence[Mapping[str
     """
     told = []
     for one in states or [{"stage": "train", "run": str(run), "id": ""}]:
-        log = run / FOLDER / LOGS / f"{one['stage']}-{one['id']}.log"
+        log = folder(run) / LOGS / f"{one['stage']}-{one['id']}.log"
         verdict = verdict_of(Path(one["run"])) if one["stage"] == "train" else {}
         failed = verdict.get("reason") and verdict.get("rank") is not None
         head = [f"--- {log}"] if log.is_file() else []

@@ -17,6 +17,11 @@ class LaunchError(Exception):
     """Something that the user must change before a job can start."""
 
 
+def records(run: Path, what: str) -> Path:
+    """Where scripts, logs and ids are kept: in the run folder, but beside a dataset, which holds nothing else."""
+    return run.with_name(f"{run.name}.launch") if what == "data" else run / "launch"
+
+
 @dataclass(frozen=True)
 class Job:
     """What a user asks for.
@@ -47,6 +52,11 @@ class Job:
     sweep: tuple[str, ...] = ()
     then: tuple[str, ...] = ()
     evaluate_on: str = ""
+
+    @property
+    def records(self) -> Path:
+        """Where scripts, logs and ids are kept."""
+        return records(self.run, self.what)
 
     def __post_init__(self) -> None:
         if self.what not in STAGES:

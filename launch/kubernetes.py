@@ -145,7 +145,7 @@ def submit(job: Job, stages: Sequence[Stage], cluster: KubernetesCluster, folder
                 about = manifest["metadata"]
                 stage, run = (about["annotations"][f"clip-pipeline/{key}"] for key in ("stage", "run"))
                 submitted.append(Submitted(stage, f"{manifest['kind']}/{about['name']}", (run,)))
-                submission.record(job.run, Submission(cluster, tuple(submitted)))
+                submission.record(job.records, Submission(cluster, tuple(submitted)))
     return 0
 
 

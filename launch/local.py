@@ -50,7 +50,7 @@ def _record(job: Job, stages: Sequence[Stage], cluster: LocalCluster, codes: Seq
         Submitted(stage.name, ":".join([me, *map(str, ended)]), tuple(str(task.run) for task in stage.tasks))
         for stage, ended in zip(stages, codes, strict=True)
     )
-    submission.record(job.run, Submission(cluster, tuple(jobs)))
+    submission.record(job.records, Submission(cluster, tuple(jobs)))
 
 
 def states(found: Submission) -> list[dict[str, Any]]:

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import typer
 
+from launch.job import records
 from launch.program import Programs
-from launch.submission import FOLDER
 
 DONE, FAILED, REQUEUE = 0, 1, 75
 # Before the next start, so that the other nodes have noticed, and nobody meets what is about to end.
@@ -140,8 +140,9 @@ def _done(pod: Pod) -> bool:
 
 def _mark(pod: Pod, index: int | None = None) -> Path:
     """A file that says that a pod's share is done; a dataset holds nothing but what its manifest lists."""
-    folder = pod.run.with_name(f"{pod.run.name}.parts") if pod.parts else pod.run / FOLDER
-    return folder / f"done-{pod.job}-{pod.index if index is None else index}"
+    return (
+        records(pod.run, "data" if pod.parts else "train") / f"done-{pod.job}-{pod.index if index is None else index}"
+    )
 
 
 def _sleep(programs: Programs, seconds: float) -> None:

@@ -16,8 +16,6 @@ from pathlib import Path
 
 import psutil
 
-from launch.submission import FOLDER
-
 # NFS clients believe for some seconds that a file is not there.
 FOLDER_S = 10.0
 # srun starts the nodes of a job one after the other.
@@ -45,8 +43,8 @@ class Node:
         name: its own, by which SLURM knows it.
         hostname: what the machine calls itself.
         first: whether rank 0 runs here.
-        run: the run folder.
-        token: a file of RUN/launch that the first node has written before.
+        folder: what is kept of the job, in its run folder or beside its dataset.
+        token: a file there that the first node has written before.
         master: name or address of the first node, where ranks meet.
         port: the port there.
         nodes: how many nodes the job has.
@@ -56,7 +54,7 @@ class Node:
     name: str
     hostname: str
     first: bool
-    run: Path
+    folder: Path
     token: str
     master: str
     port: int
@@ -64,14 +62,14 @@ class Node:
     interface: str = ""
 
 
-def this_node(run: Path, token: str, master: str, port: int, nodes: int) -> Node:
+def this_node(folder: Path, token: str, master: str, port: int, nodes: int) -> Node:
     """The node that this process runs on, as a task of SLURM's."""
     hostname = socket.gethostname()
     return Node(
         name=os.environ.get("SLURMD_NODENAME", hostname),
         hostname=hostname,
         first=os.environ.get("SLURM_NODEID", "0") == "0",
-        run=run,
+        folder=folder,
         token=token,
         master=master,
         port=port,
@@ -130,8 +128,8 @@ def check(
             f"{meet_s:.0f} s ({heard}). See what they say themselves; one that says nothing is cut off, or down: "
             "`sinfo -N -l` shows its state."
         )
-    if node.run.is_dir() and (free := shutil.disk_usage(node.run).free) < LOW_DISK_BYTES:
-        warnings.append(f"only {free / 1e6:.0f} MB are free in {node.run}. Checkpoints may not fit: remove old runs.")
+    if node.folder.is_dir() and (free := shutil.disk_usage(node.folder).free) < LOW_DISK_BYTES:
+        warnings.append(f"only {free / 1e6:.0f} MB are free in {node.folder}. Checkpoints may not fit.")
     return problems, warnings
 
 
@@ -248,7 +246,7 @@ def _interface(names: str) -> Iterator[str]:
 
 def _folder(node: Node, wait_s: float) -> Iterator[str]:
     """Whether this node sees in the run folder what the first node wrote there, and may write there too."""
-    token = node.run / FOLDER / node.token
+    token = node.folder / node.token
     until = time.monotonic() + wait_s
     while not token.is_file():
         if time.monotonic() > until:
@@ -258,12 +256,12 @@ def _folder(node: Node, wait_s: float) -> Iterator[str]:
             # NFS asks the server anew when a folder is listed.
             list(token.parent.iterdir())
     else:
-        if not os.access(node.run, os.W_OK):
-            yield f"user {os.getuid()} may not write to {node.run} here. See how it is mounted, and who owns it."
+        if not os.access(node.folder, os.W_OK):
+            yield f"user {os.getuid()} may not write to {node.folder} here. See how it is mounted, and who owns it."
         return
-    there = f"it lies on {_mount(node.run)}" if node.run.is_dir() else "there is no such folder"
+    there = f"it lies on {_mount(node.folder)}" if node.folder.is_dir() else "there is no such folder"
     yield (
-        f"does not see {node.run} as the first node does: {token.name}, just written there, is missing, and here "
+        f"does not see {node.folder} as the first node does: {token.name}, just written there, is missing, and here "
         f"{there}. Put --run on a file system that all nodes share (name those under `shared:` in the cluster file)."
     )
 

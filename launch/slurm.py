@@ -91,6 +91,7 @@ def _values(job: Job, stage: Stage, cluster: SlurmCluster) -> dict[str, Any]:
     cores = cluster.cpus_per_process
     return {
         "options": list(options(job, stage, cluster)),
+        "records": job.records.absolute(),
         "tasks": [{"run": task.run.absolute(), "arguments": task.arguments} for task in stage.tasks],
         "python": python,
         "torchrun": torchrun,
@@ -98,6 +99,7 @@ def _values(job: Job, stage: Stage, cluster: SlurmCluster) -> dict[str, Any]:
         "processes": stage.processes,
         "cpus_per_task": cores * (stage.processes if torchrun else 1),
         "threads": cores,
+        "stop_seconds": cluster.stop_seconds,
         "max_restarts": cluster.max_restarts,
         "modules": cluster.modules,
         "setup": cluster.setup,
@@ -113,7 +115,7 @@ def options(job: Job, stage: Stage, cluster: SlurmCluster) -> Iterator[str]:
     """What a stage asks of sbatch, as its #SBATCH lines have it."""
     torchrun = cluster.launcher == "torchrun" and stage.nodes * stage.processes > 1
     several = len(stage.tasks) > 1
-    log = job.run.absolute() / submission.FOLDER / LOGS / f"{stage.name}-{'%A_%a' if several else '%j'}.log"
+    log = job.records.absolute() / LOGS / f"{stage.name}-{'%A_%a' if several else '%j'}.log"
     pattern = str(log.parent).replace("%", "%%") + "/" + log.name
     asked = {
         "job-name": f"{job.run.name}-{stage.name}",
@@ -163,7 +165,7 @@ def submit(job: Job, stages: Sequence[Stage], cluster: SlurmCluster, folder: Pat
             words.append(f"--dependency={kind}:{submitted[-1].id}")
         number = ask("sbatch", *words, str(folder / f"{stage.name}.sbatch")).strip().partition(";")[0]
         submitted.append(Submitted(stage.name, number, tuple(str(task.run) for task in stage.tasks)))
-        submission.record(job.run, Submission(cluster, tuple(submitted)))
+        submission.record(job.records, Submission(cluster, tuple(submitted)))
     return 0
 
 

@@ -1,4 +1,7 @@
-"""What was submitted, kept in RUN/launch: the rendered scripts, and by which ids the scheduler knows them."""
+"""What was submitted: the rendered scripts, and by which ids the scheduler knows them.
+
+It is kept in RUN/launch, or beside a dataset as OUT.launch.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from launch import cluster
-from launch.job import LaunchError
+from launch.job import LaunchError, records
 
-FOLDER = "launch"
 RECORD = "submission.json"
 
 
@@ -36,9 +38,14 @@ class Submission:
     jobs: tuple[Submitted, ...]
 
 
-def keep(run: Path, files: dict[str, str]) -> Path:
-    """Write what will be submitted into RUN/launch, in place of an earlier one's, and return that folder."""
-    folder = run / FOLDER
+def folder(run: Path) -> Path:
+    """Where it is kept for a run, or for a dataset."""
+    beside = records(run, "data")
+    return beside if beside.is_dir() else records(run, "train")
+
+
+def keep(folder: Path, files: dict[str, str]) -> Path:
+    """Write what will be submitted, in place of what an earlier submission has left, and return the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for path in folder.iterdir():
         if path.is_file():
@@ -48,13 +55,14 @@ def keep(run: Path, files: dict[str, str]) -> Path:
     return folder
 
 
-def record(run: Path, submission: Submission) -> None:
-    """Say in RUN/launch what was submitted."""
+def record(folder: Path, submission: Submission) -> None:
+    """Say what was submitted."""
     values = {
         "cluster": submission.cluster.model_dump(mode="json"),
         "jobs": [asdict(one) for one in submission.jobs],
     }
-    path = run / FOLDER / RECORD
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / RECORD
     new = path.with_suffix(".new")
     new.write_text(json.dumps(values, indent=1), encoding="utf-8")
     new.replace(path)  # at once, for those that read it meanwhile
@@ -66,7 +74,7 @@ def recorded(run: Path) -> Submission:
     Raises:
         LaunchError: nothing was.
     """
-    path = run / FOLDER / RECORD
+    path = folder(run) / RECORD
     if not path.is_file():
         raise LaunchError(f"{path} is not there: nothing was submitted with --run {run}.")
     values = json.loads(path.read_text(encoding="utf-8"))

@@ -160,7 +160,7 @@ def server():
 @pytest.fixture
 def examine(server, tmp_path, monkeypatch):
     """examine(key=value of the cluster file…) → the findings by check, each as text."""
-    monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(tmp_path / "config"))
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "config"))
 
     def run(**values):
         names = {"name": "here", "context": {"cluster": "here", "user": "me"}}

@@ -53,7 +53,7 @@ class Site:
         job = Job(**({"run": self.run, "recipe": "coco", "data": "/data/mix", "nodes": 2} | changes))
         parts = stages(job, self.cluster.processes)
         files = kubernetes.render(job, parts, self.cluster)
-        assert kubernetes.submit(job, parts, self.cluster, submission.keep(self.run, files)) == 0
+        assert kubernetes.submit(job, parts, self.cluster, submission.keep(job.records, files)) == 0
         return files
 
     def submitted(self) -> submission.Submission:

@@ -27,8 +27,7 @@ def resolve(name):
 @pytest.fixture
 def node(tmp_path):
     """A job of one node, in whose run folder the token is."""
-    (tmp_path / "launch").mkdir()
-    (tmp_path / "launch/seen-7-0").touch()
+    (tmp_path / "seen-7-0").touch()
     return Node("node1", "node1", True, tmp_path, "seen-7-0", "node1", free_port(), nodes=1)
 
 
@@ -102,12 +101,12 @@ def test_a_folder_that_is_not_shared(node, tmp_path):
     assert f"does not see {tmp_path} as the first node does: seen-8-0" in said
     assert "mounted at" in said
     assert "shared:" in said
-    (said,) = problems(replace(node, run=tmp_path / "nowhere"))
+    (said,) = problems(replace(node, folder=tmp_path / "nowhere"))
     assert "there is no such folder" in said
 
 
 def test_a_token_may_be_seen_late(node, tmp_path):
-    late = subprocess.Popen(["sh", "-c", 'sleep .5; touch "$1"', "sh", tmp_path / "launch/late"])
+    late = subprocess.Popen(["sh", "-c", 'sleep .5; touch "$1"', "sh", tmp_path / "late"])
     assert problems(replace(node, token="late"), folder_s=20) == []
     assert late.wait() == 0
 
@@ -170,8 +169,8 @@ def test_another_program_at_the_address_is_not_taken_for_the_first_node(node):
 @pytest.mark.parametrize(("sound", "code"), [(True, 0), (False, 2)])
 def test_the_command_exits_as_a_batch_script_needs_it(node, sound, code):
     words = [
-        "--run",
-        node.run,
+        "--folder",
+        node.folder,
         "--token",
         node.token,
         "--master",
