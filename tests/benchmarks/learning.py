@@ -1,13 +1,16 @@
 """How well models learn: ours beside open_clip's trainer on generated scenes, and beside what any model could reach.
 
     python -m tests.benchmarks.learning [--seeds 0 1 2] [--steps 552] [--batch 128] [--images 24000] [--out DIR]
+    python -m tests.benchmarks.learning --batch 512 --steps 376 --pairs-of 1200
 
 All contestants train the demo's towers by the demo's recipe: optimizer, rate, crops, SentencePiece vocabulary (which
 open_clip reads through its HFTokenizer). Only the trainer, the text, and the positives differ (`merged`: loss.positives
 is image_and_text). One thread and one loader process each, two runs side by side. `txt` is one caption an image, in
 tars without the `json` that holds all five, so that ours and open_clip's trainer see the same; it reads them in passes,
-to which --steps is rounded. Every run is measured by `python -m pipeline evaluate`, open_clip's from its epoch_N.pt.
-Retrieval is the mean of the held-out retrieval sets. A result is printed as soon as it is there.
+to which --steps is rounded. With --pairs-of N, each of the five captions of N photos is a pair of its own there, as
+COCO is often sharded, so that many a photo is in a batch twice. Every run is measured by `python -m pipeline evaluate`,
+open_clip's from its epoch_N.pt. Retrieval is the mean of the held-out retrieval sets. A result is printed as soon as it
+is there.
 
 A difference is paired by seed, with a 95 % t interval over seeds. The ceiling is an oracle's (see `ceilings`).
 """
@@ -38,6 +41,7 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow.parquet as pq
 import torch
+import webdataset as wds
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
@@ -52,6 +56,8 @@ from tests import peers
 
 SIDE_BY_SIDE = 2
 SAMPLE_SEED = 0
+# The generator's captions of a photo; tars of --pairs-of.
+CAPTIONS, SHARDS = 5, 8
 # Of the captions that an oracle is measured on.
 DRAWS = 30
 ZERO_SHOT = {"sample_unseen_test": "unseen top-1", "sample_seen_test": "seen top-1"}
@@ -91,6 +97,7 @@ QUESTIONS = {
     "all captions": (ALL, TXT),
     "merged, txt": (TXT_MERGED, TXT),
     "merged, captions": (ALL_MERGED, ALL),
+    "merged, txt, and the trainer": (TXT_MERGED, OPEN_CLIP),
     "all of it": (ALL_MERGED, OPEN_CLIP),
 }
 
@@ -143,29 +150,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=552, help="rounded up to whole passes over the data")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--images", type=int, default=24_000, help="to generate for training")
+    parser.add_argument("--pairs-of", type=int, default=0, help="photos of which each caption is a pair of its own")
     parser.add_argument("--out", type=Path, help="keep data and runs there; its data is used again")
     options = parser.parse_args(argv)
     peers.install()
     with nullcontext(options.out) if options.out else tempfile.TemporaryDirectory() as folder:
-        task = prepare(Path(folder).resolve(), options.images, options.batch, options.steps)
+        task = prepare(Path(folder).resolve(), options.images, options.pairs_of, options.batch, options.steps)
+        contestants = (OPEN_CLIP, TXT, TXT_MERGED) if options.pairs_of else CONTESTANTS
         console = Console(width=120)
         console.print(f"{task.steps} steps ({task.passes} passes) of {task.batch} of {task.samples} pairs")
-        for text in ("txt", "captions"):
+        if options.pairs_of:
+            others = (CAPTIONS - 1) / (task.samples - 1)
+            console.print(f"{1 - (1 - others) ** (task.batch - 1):.1%} of photos occur again in their batch")
+        for text in () if options.pairs_of else ("txt", "captions"):
             console.print(f"{text}: {twins(task.data, text, task.batch):.1%} of texts occur again in their batch")
         with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
-            runs = {pool.submit(result, task, one, seed): (one, seed) for seed in options.seeds for one in CONTESTANTS}
+            runs = {pool.submit(result, task, one, seed): (one, seed) for seed in options.seeds for one in contestants}
             found: dict[Contestant, dict[int, dict[str, float]]] = defaultdict(dict)
             for run in as_completed(runs):
                 contestant, seed = runs[run]
                 found[contestant][seed] = run.result()
                 words = "  ".join(f"{name} {value:.3f}" for name, value in run.result().items())
                 console.print(f"{contestant}, seed {seed}: {words}", soft_wrap=True)
-        report({name: [found[name][seed] for seed in options.seeds] for name in CONTESTANTS}, ceiling(task), console)
+        report({name: [found[name][seed] for seed in options.seeds] for name in contestants}, ceiling(task), console)
     return 0
 
 
-def prepare(folder: Path, images: int, batch: int, steps: int) -> Task:
-    """Scenes, their dataset, its tars with nothing but one caption an image, and the vocabulary for both trainers."""
+def prepare(folder: Path, images: int, pairs_of: int, batch: int, steps: int) -> Task:
+    """Scenes, their dataset, tars that both trainers read alike, and the vocabulary for both."""
     from data_prep.__main__ import main as data_prep
 
     raw, data, vocabulary = folder / "raw", folder / "data", folder / "vocabulary.model"
@@ -179,12 +191,8 @@ def prepare(folder: Path, images: int, batch: int, steps: int) -> Task:
             assert data_prep(command) == 0
     shutil.rmtree(folder / "txt", ignore_errors=True)
     (folder / "txt").mkdir()
-    for path in sorted((data / "train").glob("*.tar")):
-        with tarfile.open(path) as tar, tarfile.open(folder / "txt" / path.name, "w") as out:
-            for member in tar:
-                if not member.name.endswith(".json"):
-                    out.addfile(member, tar.extractfile(member))
-    samples = sum(json.loads((data / "train/sizes.json").read_text()).values())
+    write_pairs(data, folder / "txt", pairs_of)
+    samples = pairs_of * CAPTIONS or sum(json.loads((data / "train/sizes.json").read_text()).values())
     task = Task(folder, batch, max(1, math.ceil(steps / math.ceil(samples / batch))), samples)
     model = task.recipe(0, OPEN_CLIP).model.config
     words = tokenizer.SentencePieceTokenizer(vocabulary, model["text_cfg"]["context_length"])
@@ -192,6 +200,27 @@ def prepare(folder: Path, images: int, batch: int, steps: int) -> Task:
     model["text_cfg"]["hf_tokenizer_name"] = str(folder / "huggingface")
     (folder / "demo-towers.json").write_text(json.dumps(model))
     return task
+
+
+def write_pairs(data: Path, out: Path, pairs_of: int) -> None:
+    """Tars with nothing but images and a caption each: one of every image, or all of `pairs_of` images, shuffled."""
+    tars = [str(path) for path in sorted((data / "train").glob("*.tar"))]
+    if not pairs_of:
+        for path in tars:
+            with tarfile.open(path) as tar, tarfile.open(out / Path(path).name, "w") as written:
+                for member in tar:
+                    if not member.name.endswith(".json"):
+                        written.addfile(member, tar.extractfile(member))
+        return
+    pairs = []
+    for one in itertools.islice(wds.WebDataset(tars, shardshuffle=False), pairs_of):
+        for number, caption in enumerate(json.loads(one["json"])["captions"]):
+            pairs.append({"__key__": f"{one['__key__']}{number}", "jpg": one["jpg"], "txt": caption})
+    Random(0).shuffle(pairs)
+    for shard in range(SHARDS):
+        with wds.TarWriter(str(out / f"{shard:05d}.tar")) as written:
+            for pair in pairs[shard::SHARDS]:
+                written.write(pair)
 
 
 def twins(data: Path, text: str, batch: int) -> float:
@@ -430,6 +459,8 @@ def report(found: Mapping[Contestant, list[dict[str, float]]], limits: Mapping[s
     console.print(table)
     table = Table("difference due to", *FIGURES, box=None)
     for question, (one, other) in QUESTIONS.items():
+        if one not in found or other not in found:
+            continue
         cells = []
         for name in FIGURES:
             pairs = zip(found[one], found[other], strict=True)
