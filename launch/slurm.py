@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from launch import network, submission
-from launch.cluster import SlurmCluster, seconds
-from launch.job import Job, LaunchError, Stage
+from launch.cluster import SlurmCluster
+from launch.job import Job, LaunchError, Stage, seconds
 from launch.submission import Submission, Submitted
 
 TEMPLATE = Path(__file__).parent / "templates/job.sbatch.j2"
@@ -95,6 +95,7 @@ def _values(job: Job, stage: Stage, cluster: SlurmCluster) -> dict[str, Any]:
         "tasks": [{"run": task.run.absolute(), "arguments": task.arguments} for task in stage.tasks],
         "python": python,
         "torchrun": torchrun,
+        "trains": stage.name == "train",
         "nodes": stage.nodes,
         "processes": stage.processes,
         "cpus_per_task": cores * (stage.processes if torchrun else 1),
@@ -187,11 +188,11 @@ def states(found: Submission) -> list[dict[str, Any]]:
             if "Invalid job id" not in str(error):
                 raise
             lines = []
-        told = [dict(re.findall(r"(\S+?)=(\S*)", line)) for line in lines]
-        by_task = {int(job.get("ArrayTaskId", "0")): job for job in told if job.get("ArrayTaskId", "0").isdigit()}
-        pending = next((job for job in told if not job.get("ArrayTaskId", "0").isdigit()), {})
+        # A line for each task that has begun, and one for all that wait.
+        told = sorted(map(fields, lines), key=lambda job: job.get("ArrayTaskId", "").isdigit())
+        by_task = {number: job for job in told for number in _tasks(job, len(one.runs))}
         for number, run in enumerate(one.runs):
-            job = by_task.get(number, pending)
+            job = by_task.get(number, {})
             rows.append(
                 {
                     "stage": one.stage,
@@ -204,6 +205,21 @@ def states(found: Submission) -> list[dict[str, Any]]:
                 }
             )
     return rows
+
+
+def fields(line: str) -> dict[str, str]:
+    """What a line of scontrol's NAME=VALUE words says."""
+    return dict(re.findall(r"(\S+?)=(\S*)", line))
+
+
+def _tasks(job: dict[str, str], count: int) -> Iterator[int]:
+    """Which of `count` tasks a line is about: 0, or those of an ArrayTaskId like 3 or 0,2,4-7%2."""
+    ids = job.get("ArrayTaskId", "0").partition("%")[0]
+    if "..." in ids:  # SLURM cuts long lists; those that have begun have lines of their own
+        yield from range(int(re.split(r"\D", ids)[0]), count)
+        return
+    for first, last, step in re.findall(r"(\d+)(?:-(\d+)(?::(\d+))?)?", ids):
+        yield from range(int(first), int(last or first) + 1, int(step or 1))
 
 
 def ask(*words: str, patience_s: float = PATIENCE_S) -> str:

@@ -13,7 +13,7 @@ import types
 import pytest
 import yaml
 
-from launch import follow, submission
+from launch import follow, slurm, submission
 from launch.__main__ import main
 from launch.cluster import SlurmCluster
 from launch.submission import Submission, Submitted
@@ -130,6 +130,33 @@ def test_every_run_of_a_sweep_has_its_line(run, scheduler, capsys):
     first, second = said(capsys, "status", run)
     assert "lr=1: RUNNING, step 10/1200" in first
     assert second == f"train {run / 'lr=2'}: PENDING (Resources)"
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        (["0-3"], ["PENDING"] * 4),
+        (["0-3%2"], ["PENDING"] * 4),
+        (["2", "1", "0", "3"], ["RUNNING"] * 4),
+        (["1,3%1", "2"], ["", "PENDING", "RUNNING", "PENDING"]),  # task 0 has ended, and is forgotten
+        (["2", "1,3"], ["", "PENDING", "RUNNING", "PENDING"]),
+        (["0", "1,..."], ["RUNNING", "PENDING", "PENDING", "PENDING"]),
+        (["2", "1,..."], ["", "PENDING", "RUNNING", "PENDING"]),
+        ([], [""] * 4),
+    ],
+)
+def test_each_task_of_an_array_has_the_state_that_slurm_tells_of_it(monkeypatch, lines, expected):
+    """A line of scontrol's for each task that has begun, and one for all that wait."""
+    told = "".join(
+        f"JobId={7 + number} ArrayJobId=7 ArrayTaskId={tasks} JobName=a b JobState="
+        f"{'RUNNING' if tasks.isdigit() else 'PENDING'} Reason=None Restarts=0 NodeList=(null)\n"
+        for number, tasks in enumerate(lines)
+    )
+    monkeypatch.setattr(slurm, "ask", lambda *words: told)
+    site = SlurmCluster(backend="slurm", time="1:00:00")
+    found = slurm.states(Submission(site, (Submitted("train", "7", ("a", "b", "c", "d")),)))
+    assert [one["state"] for one in found] == expected
+    assert [one["id"] for one in found] == ["7_0", "7_1", "7_2", "7_3"]
 
 
 @pytest.mark.parametrize(
