@@ -11,24 +11,11 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
-from launch.job import LaunchError
+from launch.job import LaunchError, seconds
 
 CLUSTERS = Path(__file__).parent / "clusters"
 # Values of such variables are never written down.
 SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|ACCESS_KEY", re.IGNORECASE)
-
-
-def seconds(time: str) -> int:
-    """Seconds of [D-]HH:MM:SS.
-
-    Raises:
-        ValueError: it is nothing of the kind.
-    """
-    found = re.fullmatch(r"(?:(\d+)-)?(\d+):([0-5]\d):([0-5]\d)", time)
-    if not found:
-        raise ValueError(f"{time!r} is no time limit; write [D-]HH:MM:SS, such as 24:00:00 or 2-00:00:00")
-    days, hours, minutes, rest = (int(number or 0) for number in found.groups())
-    return ((days * 24 + hours) * 60 + minutes) * 60 + rest
 
 
 def _checked_time(time: object) -> object:

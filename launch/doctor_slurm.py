@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from launch import slurm, submission
-from launch.cluster import SlurmCluster, seconds
+from launch.cluster import SlurmCluster
 from launch.doctor import Finding, failed
-from launch.job import Job, LaunchError, Stage, Task
+from launch.job import Job, LaunchError, Stage, Task, seconds
 
 COMMANDS = ("sbatch", "srun", "squeue", "scancel")
 STAGE = "doctor"
@@ -26,8 +26,9 @@ STAGE = "doctor"
 RUN_S, RUN_TIME, LOG_S = 180, "00:05:00", 10
 # With these a job waits for its turn, and nothing is wrong.
 WAITS = {"None", "Resources", "Priority", "Reservation", "BeginTime", "Cleaning"}
-# Gone, or not for jobs: what sinfo's long states begin with, and the marks it adds.
-UNUSABLE = re.compile(r"down|drain|fail|maint|power|reserved|unk|future|.*[*~#!%$@^-]$")
+# Gone, or not for jobs: what sinfo's long states begin with, and the marks it adds. Nodes of clouds that are switched
+# off until a job wants them (~), or are being switched on (#), and those that the next job is to have (-) are for jobs.
+UNUSABLE = re.compile(r"down|drain|fail|maint|power_down|powering_down|reserved|unk|future|.*[*!%$@^]$")
 # Fast Ethernet carries 10 Gb/s. InfiniBand and EFA have carried 50 and more since FDR (2011), so that less says that
 # NCCL took the sockets of another network.
 FAST_GB_S = 1.25
@@ -57,7 +58,9 @@ def findings(cluster: SlurmCluster, folder: Path, nodes: int, wait_s: float) -> 
     try:
         answer = slurm.ask("scontrol", "ping").strip()
         settings = _settings(slurm.ask("scontrol", "show", "config"))
-        partitions = [_words(line) for line in slurm.ask("scontrol", "show", "partition", "--oneliner").splitlines()]
+        partitions = [
+            slurm.fields(line) for line in slurm.ask("scontrol", "show", "partition", "--oneliner").splitlines()
+        ]
     except LaunchError as error:
         yield Finding("controller", "fail", str(error), "`scontrol ping` must say UP: ask the site")
         return
@@ -177,7 +180,7 @@ def _refused(cluster: SlurmCluster, folder: Path, nodes: int) -> Iterator[Findin
 def _job(run: Path, cluster: SlurmCluster, nodes: int) -> tuple[Job, Stage]:
     job = Job(run, "export", nodes=nodes)
     task = Task(("pipeline", "network-check"), run)
-    return job, Stage(STAGE, (task,), nodes, cluster.processes, resumes=False)
+    return job, Stage(STAGE, (task,), nodes, cluster.processes)
 
 
 def _tried(cluster: SlurmCluster, folder: Path, nodes: int, wait_s: float) -> Iterator[Finding]:
@@ -207,7 +210,7 @@ def _followed(id_: str, wait_s: float) -> dict[str, str]:
     """What scontrol shows of a job once it has ended, or has waited, or run, for too long."""
     began, running = time.monotonic(), 0.0
     while True:
-        told = _words(slurm.ask("scontrol", "show", "job", id_, "--oneliner"))
+        told = slurm.fields(slurm.ask("scontrol", "show", "job", id_, "--oneliner"))
         state, now = told["JobState"], time.monotonic()
         running = running or (now if state != "PENDING" else 0.0)
         waited_long = state == "PENDING" and now - began > wait_s
@@ -279,8 +282,3 @@ def _machines(told: str) -> list[Machine]:
 def _settings(told: str) -> dict[str, str]:
     """scontrol show config: NAME = VALUE lines."""
     return dict(re.findall(r"^(\w+)\s*= (.*?)\s*$", told, re.MULTILINE))
-
-
-def _words(line: str) -> dict[str, str]:
-    """scontrol's NAME=VALUE words."""
-    return dict(re.findall(r"(\S+?)=(\S*)", line))

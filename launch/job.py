@@ -17,6 +17,19 @@ class LaunchError(Exception):
     """Something that the user must change before a job can start."""
 
 
+def seconds(time: str) -> int:
+    """Seconds of [D-]HH:MM:SS.
+
+    Raises:
+        ValueError: it is nothing of the kind.
+    """
+    found = re.fullmatch(r"(?:(\d+)-)?(\d+):([0-5]\d):([0-5]\d)", time)
+    if not found:
+        raise ValueError(f"{time!r} is no time limit; write [D-]HH:MM:SS, such as 24:00:00 or 2-00:00:00")
+    days, hours, minutes, rest = (int(number or 0) for number in found.groups())
+    return ((days * 24 + hours) * 60 + minutes) * 60 + rest
+
+
 def records(run: Path, what: str) -> Path:
     """Where scripts, logs and ids are kept: in the run folder, but beside a dataset, which holds nothing else."""
     return run.with_name(f"{run.name}.launch") if what == "data" else run / "launch"
@@ -64,6 +77,11 @@ class Job:
         for name, count in (("--nodes", self.nodes), ("--processes", self.processes)):
             if count is not None and count < 1:
                 raise LaunchError(f"{name} must be at least 1; found {count}.")
+        if self.time is not None:
+            try:
+                seconds(self.time)
+            except ValueError as error:
+                raise LaunchError(f"--time: {error}.") from error
         if self.what in ("train", "evaluate", "data") and not self.data.strip():
             raise LaunchError("--data names no dataset. `python -m data_prep build` makes one.")
         if self.what == "train" and not self.recipe:
@@ -105,7 +123,6 @@ class Stage:
         nodes: machines a task.
         processes: ranks on each of them, that meet in one process group where there is more than one in all.
         gpus: whether each rank has a GPU of its own, on a cluster with GPUs.
-        resumes: whether it goes on where it stopped, so that it may be started again after a kill.
         each_after_its_own: whether task i waits for task i of the stage before only, not for all of them.
     """
 
@@ -114,7 +131,6 @@ class Stage:
     nodes: int = 1
     processes: int = 1
     gpus: bool = True
-    resumes: bool = True
     each_after_its_own: bool = False
 
 

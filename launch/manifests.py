@@ -13,8 +13,8 @@ import yaml
 from pydantic import ValidationError
 
 from launch import network
-from launch.cluster import KubernetesCluster, seconds
-from launch.job import Job, LaunchError, Stage, Task
+from launch.cluster import KubernetesCluster
+from launch.job import Job, LaunchError, Stage, Task, seconds
 
 TEMPLATES = Path(__file__).parent / "templates"
 # Where ranks meet: Kubeflow Trainer's port too.
@@ -146,8 +146,7 @@ def _arguments(stage: Stage, task: Task, cluster: KubernetesCluster, parts: int)
     if _on_volume(Path.cwd(), cluster):
         yield f"--folder={Path.cwd()}"
     yield from (f"--nodes={stage.nodes}", f"--processes={stage.processes}")
-    if stage.resumes:
-        yield f"--restarts={cluster.max_restarts}"
+    yield f"--restarts={cluster.max_restarts}"
     if stage.name == "train":
         yield "--trains"
     if parts:

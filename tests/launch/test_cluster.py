@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from launch import cluster
-from launch.job import LaunchError
+from launch.job import LaunchError, seconds
 
 SLURM = "backend: slurm\ntime: 24:00:00\n"
 
@@ -28,9 +28,9 @@ def test_the_files_that_come_along_are_whole_and_come_back_from_what_is_recorded
 
 def test_times_need_no_quotes_and_numbers_may_be_variables(written):
     found = cluster.load(written(SLURM + "environment: {NCCL_IB_TIMEOUT: 22}\n"))
-    assert cluster.seconds(found.time) == 86_400
+    assert seconds(found.time) == 86_400
     assert found.environment == {"NCCL_IB_TIMEOUT": "22"}
-    assert cluster.seconds(cluster.load(written("backend: slurm\ntime: 2-01:00:00\n")).time) == 49 * 3600
+    assert seconds(cluster.load(written("backend: slurm\ntime: 2-01:00:00\n")).time) == 49 * 3600
 
 
 @pytest.mark.parametrize(

@@ -96,6 +96,7 @@ def machine(name, state="idle", cores=8, memory_mb=64_000, gpus=4, reason=""):
         ([machine("a"), machine("b")], {"gpus_per_node": 4, "cpus_per_process": 3}, "fail", "0 of 2 have 12 cores"),
         ([machine("a"), machine("b")], {"memory_gb": 65}, "fail", "0 of 2 have 65 GB"),
         ([machine("a"), machine("b"), machine("c", "drained", reason="disk")], {}, "warning", "c is drained (disk)"),
+        ([machine("a", "idle~"), machine("b", "mixed-")], {}, "ok", "2 of 2"),
         ([machine("a"), machine("b", "down*")], {}, "fail", "1 of 2 are up and suit; b is down*; 2 are wanted"),
     ],
 )
@@ -181,7 +182,13 @@ def run_doctor(environment, *words, wait_s=MINUTE_S):
     done = subprocess.run(
         command, capture_output=True, text=True, cwd=ROOT, timeout=wait_s, env={**environment, "COLUMNS": "5000"}
     )
-    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in done.stdout.splitlines() if "│" in line]
+    rows: list[list[str]] = []
+    for line in done.stdout.splitlines():
+        cells = [cell.strip() for cell in line.split("│")[1:-1]]
+        if cells and not cells[0] and rows:  # a cell of several lines goes on
+            rows[-1] = [" ".join(filter(None, pair)) for pair in zip(rows[-1], cells, strict=True)]
+        elif cells:
+            rows.append(cells)
     return done.returncode, rows or [["error", "fail", done.stderr, ""]]
 
 

@@ -53,6 +53,7 @@ def test_what_cannot_run_is_refused_with_the_fix(tmp_path, capsys):
         (["--data", "x"], "names no recipe"),
         ([*given, "--cluster", "mars"], "Known are "),
         ([*given, "--nodes", "2"], "one machine"),
+        ([*given, "--time", "2h"], "[D-]HH:MM:SS"),
         ([*given, "--sweep", "optim.lr"], "KEY=VALUE,VALUE"),
         ([*given, "--then", "lunch"], "evaluate, export"),
         ([*given, "tracking.x=https://me:hunter2@host/"], "would be in scripts"),
