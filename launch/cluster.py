@@ -14,8 +14,8 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from launch.job import LaunchError, seconds
 
 CLUSTERS = Path(__file__).parent / "clusters"
-# Values of such variables are never written down.
-SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|ACCESS_KEY", re.IGNORECASE)
+# Values of such variables are never written down. TOKENIZERS_PARALLELISM is none.
+SECRET = re.compile(r"TOKEN(?!I)|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|ACCESS_KEY", re.IGNORECASE)
 
 
 def _checked_time(time: object) -> object:
@@ -35,6 +35,14 @@ def _no_secrets(variables: dict[str, str]) -> dict[str, str]:
     return variables
 
 
+def _no_secrets_set(lines: list[str]) -> list[str]:
+    """Of shell lines and options; a file that they read may hold secrets, and is named by a variable or a path."""
+    for name, value in re.findall(r"(\w+)=([^\s;,]*)", "\n".join(lines)):
+        if SECRET.search(name) and not re.match(r"[\"']?[$/~]|[\"']*$", value):
+            raise ValueError(f"{name} looks like a secret, which must not be in a file like this; see `secrets`")
+    return lines
+
+
 def _secret_entry(entry: str) -> str:
     """Names of Secrets are domain names; keys have dots, dashes and underscores. What is found may be the secret."""
     if not re.fullmatch(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?/[A-Za-z0-9._-]+", entry):
@@ -43,6 +51,7 @@ def _secret_entry(entry: str) -> str:
 
 
 Time = Annotated[str, BeforeValidator(_checked_time)]
+Lines = Annotated[list[str], AfterValidator(_no_secrets_set)]
 SecretEntry = Annotated[str, AfterValidator(_secret_entry)]
 Network = Literal["ethernet", "infiniband", "efa"]
 
@@ -94,9 +103,9 @@ class SlurmCluster(RemoteCluster):
     qos: str = Field("", description="quality of service")
     constraint: str = Field("", description="features that nodes must have")
     gres: str = Field("", description="how the site names a node's GPUs, such as gpu:a100:4; by default gpu:N")
-    sbatch: list[str] = Field([], description="further options of sbatch, such as --exclusive")
+    sbatch: Lines = Field([], description="further options of sbatch, such as --exclusive")
     modules: list[str] = Field([], description="environment modules to load")
-    setup: list[str] = Field([], description="shell lines that come before the program on every node")
+    setup: Lines = Field([], description="shell lines that come before the program on every node")
     python: str = Field(sys.executable, description="Python on the nodes (in the container, if there is one)")
     launcher: Literal["srun", "torchrun"] = Field(
         "srun", description="srun starts one task a rank; torchrun starts the ranks of its node"

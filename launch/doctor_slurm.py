@@ -195,7 +195,7 @@ def _tried(cluster: SlurmCluster, folder: Path, nodes: int, wait_s: float) -> It
         yield failed("job", str(error))
         return
     (submitted,) = submission.recorded(run).jobs
-    log = kept / slurm.LOGS / f"{STAGE}-{submitted.id}.log"
+    log = kept / submission.LOGS / f"{STAGE}-{submitted.id}.log"
     try:
         verdict = judged(_followed(submitted.id, wait_s), log, cluster, nodes)
     finally:

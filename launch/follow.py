@@ -16,9 +16,8 @@ import typer
 import yaml
 
 from launch.job import LaunchError
-from launch.submission import Submission, folder
+from launch.submission import LOGS, Submission, folder
 
-LOGS = "logs"
 # A run that trains writes a line a step; one that has written none for so long hangs, or its steps are very long.
 STALLED_S = 600
 # Ends of files that are looked at: hundreds of steps of metrics, thousands of lines of a log.

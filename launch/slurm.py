@@ -17,7 +17,6 @@ from launch.submission import Submission, Submitted
 TEMPLATE = Path(__file__).parent / "templates/job.sbatch.j2"
 # scontrol and sbatch answer at once, or the controller is not there.
 PATIENCE_S = 60
-LOGS = "logs"
 # Of the user's own variables; others may be secrets, or differ from run to run.
 KEPT = "HOME,USER,LOGNAME,PATH,LANG"
 # What sbatch says → the fix.
@@ -116,7 +115,7 @@ def options(job: Job, stage: Stage, cluster: SlurmCluster) -> Iterator[str]:
     """What a stage asks of sbatch, as its #SBATCH lines have it."""
     torchrun = cluster.launcher == "torchrun" and stage.nodes * stage.processes > 1
     several = len(stage.tasks) > 1
-    log = job.records.absolute() / LOGS / f"{stage.name}-{'%A_%a' if several else '%j'}.log"
+    log = job.records.absolute() / submission.LOGS / f"{stage.name}-{'%A_%a' if several else '%j'}.log"
     pattern = str(log.parent).replace("%", "%%") + "/" + log.name
     asked = {
         "job-name": f"{job.run.name}-{stage.name}",
@@ -155,7 +154,7 @@ def submit(job: Job, stages: Sequence[Stage], cluster: SlurmCluster, folder: Pat
     Raises:
         LaunchError: SLURM refuses one; none was submitted then.
     """
-    (folder / LOGS).mkdir(exist_ok=True)
+    (folder / submission.LOGS).mkdir(exist_ok=True)
     for stage in stages:
         ask("sbatch", "--test-only", str(folder / f"{stage.name}.sbatch"))
     submitted: list[Submitted] = []

@@ -13,6 +13,8 @@ from launch import cluster
 from launch.job import LaunchError, records
 
 RECORD = "submission.json"
+# What jobs print, where that is kept in files.
+LOGS = "logs"
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,12 @@ def test_times_need_no_quotes_and_numbers_may_be_variables(written):
     assert seconds(cluster.load(written("backend: slurm\ntime: 2-01:00:00\n")).time) == 49 * 3600
 
 
+def test_what_names_a_secret_or_sounds_like_one_is_none(written):
+    setup = 'export HF_TOKEN_PATH=/home/me/token HF_TOKEN="$(cat ~/token)" TOKENIZERS_PARALLELISM=false'
+    text = f"{SLURM}environment: {{TOKENIZERS_PARALLELISM: 'false'}}\nsetup: ['{setup}']\n"
+    assert cluster.load(written(text)).setup == [setup]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -44,6 +50,8 @@ def test_times_need_no_quotes_and_numbers_may_be_variables(written):
         ("- a\n", "backend"),
         ("a: [\n", "no YAML"),
         (SLURM + "environment: {WANDB_API_KEY: abc}\n", "looks like a secret"),
+        (SLURM + "setup: ['umask 7; export WANDB_API_KEY=abc']\n", "setup: WANDB_API_KEY looks like a secret"),
+        (SLURM + "sbatch: ['--export=A=1,HF_TOKEN=abc']\n", "sbatch: HF_TOKEN looks like a secret"),
         ("backend: kubernetes\ntime: 1:00:00\nvolumes: [{claims: x, path: /y}]\n", "did you mean claim?"),
     ],
 )

@@ -49,7 +49,7 @@ def scheduler(run, monkeypatch):
         site = SlurmCluster(backend="slurm", time="1:00:00", launcher=launcher)
         backend = types.SimpleNamespace(states=lambda found: list(states))
         monkeypatch.setattr("launch.__main__._backend", lambda found: backend)
-        logs = submission.folder(run) / follow.LOGS
+        logs = submission.folder(run) / submission.LOGS
         logs.mkdir(parents=True)
         jobs = [Submitted(one["stage"], one["id"], (one["run"],)) for one in states]
         submission.record(submission.folder(run), Submission(site, tuple(jobs)))

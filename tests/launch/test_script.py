@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from launch import slurm
+from launch import slurm, submission
 from launch.cluster import SlurmCluster
 from launch.job import Job, stages
 
@@ -45,7 +45,7 @@ def script(tmp_path):
         cluster = SlurmCluster(backend="slurm", time="1:00:00", max_restarts=3, **(site or {}))
         job = Job(run, what, recipe="demo", data="data", processes=2, sweep=sweep)
         (text,) = slurm.render(job, stages(job, 1), cluster).values()
-        (run / "launch" / slurm.LOGS).mkdir(parents=True, exist_ok=True)
+        (run / "launch" / submission.LOGS).mkdir(parents=True, exist_ok=True)
         asked.unlink(missing_ok=True)
         told = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node1", "SLURM_NNODES": "1", "RUN": str(run)}
         told |= {"SLURM_RESTART_COUNT": str(restarts)} if restarts else {}
