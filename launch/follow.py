@@ -66,7 +66,7 @@ def _row(one: Mapping[str, Any]) -> Row:
     if one["stage"] != "train":
         return Row(one["stage"], run, state or "unknown", place, reason=reason)
     verdict, lines = verdict_of(run), metrics(run)
-    silent_s = silence(run)
+    silent_s = silence(run, since=one.get("began"))
     if state == "RUNNING" and silent_s is not None and silent_s > STALLED_S:
         state, reason = "RUNNING, stalled", f"has written nothing for {_duration(silent_s)}"
     elif not state and verdict:
@@ -132,10 +132,10 @@ def verdict_of(run: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) and "status" in found else {}
 
 
-def silence(run: Path) -> float | None:
-    """Seconds since training has written anything: its last step, or what it writes when it begins again."""
+def silence(run: Path, since: float | None = None) -> float | None:
+    """Seconds since training has written anything, its last step, or what it writes when it begins; or since then."""
     times = [path.stat().st_mtime for name in ("metrics.jsonl", "environment.json") if (path := run / name).is_file()]
-    return max(0.0, time.time() - max(times)) if times else None
+    return max(0.0, time.time() - max(*times, since or 0.0)) if times else None
 
 
 def _age(run: Path) -> dict[str, str]:

@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 from collections.abc import Iterator, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -175,7 +176,7 @@ def cancel(found: Submission) -> None:
 
 
 def states(found: Submission) -> list[dict[str, Any]]:
-    """Of each task {stage, run, id, state, restarts, reason, nodes}, as the controller knows it.
+    """Of each task {stage, run, id, state, restarts, reason, nodes, began}, as the controller knows it.
 
     A job that ended some minutes ago (MinJobAge of slurm.conf) is forgotten: its state is "".
     """
@@ -201,6 +202,7 @@ def states(found: Submission) -> list[dict[str, Any]]:
                     "restarts": int(job.get("Restarts", "0")),
                     "reason": job.get("Reason", "").removeprefix("None"),
                     "nodes": job.get("NodeList", "").removeprefix("(null)"),
+                    "began": _began(job.get("StartTime", "")),
                 }
             )
     return rows
@@ -209,6 +211,14 @@ def states(found: Submission) -> list[dict[str, Any]]:
 def fields(line: str) -> dict[str, str]:
     """What a line of scontrol's NAME=VALUE words says."""
     return dict(re.findall(r"(\S+?)=(\S*)", line))
+
+
+def _began(time: str) -> float | None:
+    """The time, in seconds as time.time() has them, of 2026-01-31T09:30:00 here; None of Unknown."""
+    try:
+        return datetime.fromisoformat(time).timestamp()
+    except ValueError:
+        return None
 
 
 def _tasks(job: dict[str, str], count: int) -> Iterator[int]:

@@ -99,6 +99,13 @@ def test_a_run_that_writes_nothing_is_said_to_be_stalled_unless_it_has_just_begu
     assert "stalled" not in line
 
 
+def test_a_run_that_has_waited_for_its_turn_is_not_said_to_be_stalled(run, scheduler, capsys):
+    write_run(run, age_s=5000)
+    scheduler(state(run, began=time.time() - 60))
+    (line,) = said(capsys, "status", run)
+    assert "RUNNING, step 340/1200" in line
+
+
 @pytest.mark.parametrize(
     ("verdict", "age_s", "expected"),
     [
@@ -149,7 +156,8 @@ def test_each_task_of_an_array_has_the_state_that_slurm_tells_of_it(monkeypatch,
     """A line of scontrol's for each task that has begun, and one for all that wait."""
     told = "".join(
         f"JobId={7 + number} ArrayJobId=7 ArrayTaskId={tasks} JobName=a b JobState="
-        f"{'RUNNING' if tasks.isdigit() else 'PENDING'} Reason=None Restarts=0 NodeList=(null)\n"
+        f"{'RUNNING' if tasks.isdigit() else 'PENDING'} Reason=None Restarts=0 "
+        f"StartTime={'2026-01-31T09:30:00' if tasks.isdigit() else 'Unknown'} NodeList=(null)\n"
         for number, tasks in enumerate(lines)
     )
     monkeypatch.setattr(slurm, "ask", lambda *words: told)
@@ -157,6 +165,7 @@ def test_each_task_of_an_array_has_the_state_that_slurm_tells_of_it(monkeypatch,
     found = slurm.states(Submission(site, (Submitted("train", "7", ("a", "b", "c", "d")),)))
     assert [one["state"] for one in found] == expected
     assert [one["id"] for one in found] == ["7_0", "7_1", "7_2", "7_3"]
+    assert [one["began"] is not None for one in found] == [one == "RUNNING" for one in expected]
 
 
 @pytest.mark.parametrize(
