@@ -24,6 +24,11 @@ esac
 # The first step looks at the nodes.
 SRUN = """#!/bin/bash
 [[ $* = *check-node* ]] && exit "${CHECK-0}"
+if [ -n "${STOP-}" ]; then  # SLURM warns the script, which passes it on
+  trap 'exit "$STOP"' USR1
+  kill -USR1 $PPID
+  for _ in {1..200}; do sleep 0.1; done
+fi
 [ -z "${SAID-}" ] || echo "$SAID" >"$RUN/exit.json"
 exit "${CODE-0}"
 """
@@ -85,6 +90,12 @@ def test_a_job_that_is_asked_to_stop_while_its_site_is_set_up_is_requeued(script
     found, asked, told = script(site={"setup": [f"kill -{signal} $$"]}, CODE="1")
     assert (found, asked) == (75, "requeue 7")
     assert f"asked to stop (SIG{signal})" in told
+
+
+@pytest.mark.parametrize(("what", "launcher", "ends"), [("train", "srun", 75), ("evaluate", "torchrun", 1)])
+def test_a_warning_reaches_the_program_and_what_it_has_ended_begins_again(script, what, launcher, ends):
+    """Training saves and says 75; torchrun says 1, whatever has ended its ranks."""
+    assert script(what, site={"launcher": launcher}, STOP=str(ends))[:2] == (75, "requeue 7")
 
 
 def test_of_a_sweep_the_task_alone_is_requeued_though_it_bears_the_id_of_all(script):
