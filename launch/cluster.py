@@ -81,7 +81,10 @@ class RemoteCluster(Cluster):
     memory_gb: int | None = Field(None, gt=0, description="memory of a node; null: what the site gives by default")
     time: Time = Field(description="time limit of a job that does not say one, [D-]HH:MM:SS")
     stop_seconds: int = Field(
-        300, gt=0, description="how long before its time limit a job is asked to stop; saving must fit into it"
+        300,
+        gt=0,
+        le=65535,
+        description="how long before its time limit a job is asked to stop; saving must fit into it",
     )
     max_restarts: int = Field(20, ge=0, description="how often a job that was stopped, killed or lost a node goes on")
     network: Network | None = Field(None, description="settings for a kind of network: ethernet, infiniband, efa")

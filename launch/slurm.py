@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import subprocess
+import time
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -171,8 +172,21 @@ def submit(job: Job, stages: Sequence[Stage], cluster: SlurmCluster, folder: Pat
 
 
 def cancel(found: Submission) -> None:
-    """Take all stages back, the last one first, so that none begins because another ended."""
+    """Take all stages back, the last one first, so that none begins because another ended.
+
+    Training is asked to stop before, and given stop_seconds for saving; scancel would leave it KillWait of slurm.conf.
+    """
+    assert isinstance(found.cluster, SlurmCluster)
+    for id_ in _training(found):
+        ask("scancel", "--batch", "--signal=USR1", id_)
+    until = time.monotonic() + found.cluster.stop_seconds
+    while _training(found) and time.monotonic() < until:
+        time.sleep(0.5)
     ask("scancel", *(one.id for one in reversed(found.jobs)))
+
+
+def _training(found: Submission) -> list[str]:
+    return [one["id"] for one in states(found) if one["stage"] == "train" and one["state"] == "RUNNING"]
 
 
 def states(found: Submission) -> list[dict[str, Any]]:

@@ -50,7 +50,7 @@ def keep(folder: Path, files: dict[str, str]) -> Path:
     """Write what will be submitted, in place of what an earlier submission has left, and return the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for path in folder.iterdir():
-        if path.is_file():
+        if path.is_file() and path.name != RECORD:  # jobs of which it tells may still be looked for
             path.unlink()
     for name, text in files.items():
         (folder / name).write_text(text, encoding="utf-8")
