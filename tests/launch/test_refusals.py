@@ -17,7 +17,8 @@ from launch import submission
 
 ROOT = Path(__file__).parent.parent.parent
 SITE = {"backend": "slurm", "partition": "main", "time": "1:00:00"}
-MINUTE_S = 60
+# It takes a minute at the most where nothing else runs; the rest is for machines where much does.
+PATIENCE_S = 240
 
 
 @pytest.fixture
@@ -28,7 +29,7 @@ def submit(slurm, tmp_path):
         (tmp_path / "site.yaml").write_text(yaml.safe_dump(SITE | {"shared": [str(tmp_path)]} | values))
         command = [sys.executable, "-m", "launch", "submit", "--cluster", tmp_path / "site.yaml", "--nodes", "2"]
         command += ["--recipe", "demo", "--data", "nowhere", "--run", tmp_path / "runs/a run", *words]
-        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=MINUTE_S, env=slurm.env)
+        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=PATIENCE_S, env=slurm.env)
 
     return run
 
@@ -41,7 +42,7 @@ def refused_by_nodes(slurm, submit, tmp_path):
         done = submit(sbatch=["--nodelist=node1,node2"], **values)
         assert done.returncode == 0, done.stderr
         (job,) = submission.recorded(tmp_path / "runs/a run").jobs
-        found = slurm.wait(job.id, "FAILED", timeout_s=MINUTE_S)
+        found = slurm.wait(job.id, "FAILED", timeout_s=PATIENCE_S)
         assert (found["ExitCode"], found["Restarts"]) == ("2:0", "0")
         return (tmp_path / f"runs/a run/launch/logs/train-{job.id}.log").read_text()
 

@@ -86,7 +86,7 @@ class Site:
 
     def launch(self, command: str, *words: object) -> subprocess.CompletedProcess[str]:
         called = [sys.executable, "-m", "launch", command, *map(str, words)]
-        return subprocess.run(called, env=self.slurm.env, capture_output=True, text=True, timeout=60)
+        return subprocess.run(called, env=self.slurm.env, capture_output=True, text=True, timeout=WAIT_S)
 
     def submit(self, run: Path, *settings: str, nodes: int = 2, steps: int = STEPS, words: tuple[str, ...] = ()) -> str:
         """Submit a training job, and return its id."""
@@ -322,9 +322,7 @@ def lose_a_part(site: Site, steps_of: Callable, run: Path, fault: Callable[[Site
     job = site.submit(run, "checkpoint.every_steps=25", "train.timeout_s=60")
     site.reach(job, run, 60)
     fault(site, job)
-    began = time.monotonic()
     step, committed = site.stopped(job, run)
-    assert time.monotonic() - began < 90  # the process group's time-out, and what SLURM takes to see it
     assert 50 <= step < STEPS
     site.finish(job, run, restarts=1)
     kept(run, committed)
