@@ -21,7 +21,7 @@ from tests.slurm_cluster import URGENT, Cluster
 
 # What a start, which is mostly imports, may take on a busy machine, and then some hundred steps.
 WAIT_S = 240
-STEPS = 300
+STEPS = 200
 # Of the job's steps; the first one checks the nodes.
 TRAINING = "1"
 
