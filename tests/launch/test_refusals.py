@@ -79,7 +79,7 @@ def test_a_run_folder_that_is_not_shared(slurm_hosts, refused_by_nodes, tmp_path
     (tmp_path / "runs").mkdir()
     with private(slurm_hosts, "node2", tmp_path / "runs"):
         said = refused_by_nodes()
-    assert f"node node2: does not see {tmp_path}/runs/a run as the first node does" in said
+    assert f"node node2: does not see {tmp_path}/runs/a run/launch as the first node does" in said
     assert "`shared:`" in said
 
 
