@@ -83,8 +83,13 @@ def demo(
     run_demo(run, seed, images=images, settings=tuple(settings or ()))
 
 
-@app.command()
-def submit(
+@app.command("render", help="Print the scripts or manifests that `submit` would hand over, and submit nothing.")
+@app.command(
+    "submit",
+    help="Start a job. On this machine: wait for it, and exit as it does (0 done, 2 change something, 75 again).",
+)
+def submit_or_render(
+    context: typer.Context,
     run: RunOption,
     cluster: ClusterOption = "local",
     what: WhatOption = "train",
@@ -98,42 +103,34 @@ def submit(
     evaluate_on: EvaluateOnOption = "",
     settings: SettingsArgument = None,
 ) -> None:
-    """Start a job. On this machine: wait for it, and exit as it does (0 done, 2 change something, 75 run it again)."""
+    """Two commands that take the same words."""
     from launch import cluster as clusters
     from launch import submission
 
-    job = _job(run, what, recipe, data, nodes, processes, time, settings, sweep, then, evaluate_on)
+    job = Job(
+        run,
+        what,
+        recipe=recipe,
+        data=data,
+        nodes=nodes,
+        processes=processes,
+        time=time,
+        settings=tuple(settings or ()),
+        sweep=tuple(sweep or ()),
+        then=tuple(then or ()),
+        evaluate_on=evaluate_on,
+    )
     site = clusters.load(cluster)
     parts = stages(job, site.processes)
     backend = _backend(site)
+    if context.info_name == "render":
+        files = backend.render(job, parts, site)
+        for name, text in files.items():
+            typer.echo(f"# --- {job.records / name}\n{text}" if len(files) > 1 else text, nl=False)
+        return
     _refuse_a_second(run)
     folder = submission.keep(job.records, backend.render(job, parts, site))
     raise typer.Exit(backend.submit(job, parts, site, folder))
-
-
-@app.command()
-def render(
-    run: RunOption,
-    cluster: ClusterOption = "local",
-    what: WhatOption = "train",
-    recipe: RecipeOption = "",
-    data: DataOption = "",
-    nodes: NodesOption = 1,
-    processes: ProcessesOption = None,
-    time: TimeOption = None,
-    sweep: SweepOption = None,
-    then: ThenOption = None,
-    evaluate_on: EvaluateOnOption = "",
-    settings: SettingsArgument = None,
-) -> None:
-    """Print the scripts or manifests that `submit` would hand over, and submit nothing."""
-    from launch import cluster as clusters
-
-    job = _job(run, what, recipe, data, nodes, processes, time, settings, sweep, then, evaluate_on)
-    site = clusters.load(cluster)
-    files = _backend(site).render(job, stages(job, site.processes), site)
-    for name, text in files.items():
-        typer.echo(f"# --- {job.records / name}\n{text}" if len(files) > 1 else text, nl=False)
 
 
 @app.command()
@@ -249,34 +246,6 @@ def _refuse_a_second(run: Path) -> None:
             f"--run {run} is being worked on: {', '.join(active)}. Wait, or take that back first: "
             f"python -m launch cancel {shlex.quote(str(run))}"
         )
-
-
-def _job(
-    run: Path,
-    what: str,
-    recipe: str,
-    data: str,
-    nodes: int,
-    processes: int | None,
-    time: str | None,
-    settings: list[str] | None,
-    sweep: list[str] | None,
-    then: list[str] | None,
-    evaluate_on: str,
-) -> Job:
-    return Job(
-        run,
-        what,
-        recipe=recipe,
-        data=data,
-        nodes=nodes,
-        processes=processes,
-        time=time,
-        settings=tuple(settings or ()),
-        sweep=tuple(sweep or ()),
-        then=tuple(then or ()),
-        evaluate_on=evaluate_on,
-    )
 
 
 def _backend(site: AnyCluster) -> Any:

@@ -14,10 +14,8 @@ import psutil
 from launch import submission
 from launch.cluster import LocalCluster
 from launch.job import Job, LaunchError, Stage, Task
-from launch.program import Programs
+from launch.program import REQUEUE, Programs, standalone
 from launch.submission import Submission, Submitted
-
-REQUEUE = 75
 
 
 def render(job: Job, stages: Sequence[Stage], cluster: LocalCluster) -> dict[str, str]:
@@ -96,10 +94,7 @@ def _process(found: Submission) -> psutil.Process | None:
 
 def command(stage: Stage, task: Task) -> list[str]:
     """A task's command line; under torchrun where there are several ranks."""
-    python = [sys.executable, "-m"]
-    if stage.processes > 1:
-        python += ["torch.distributed.run", "--standalone", f"--nproc-per-node={stage.processes}", "-m"]
-    return [*python, *task.arguments]
+    return [sys.executable, "-m", *standalone(stage.processes), *task.arguments]
 
 
 def run(stage: Stage, task: Task, environment: dict[str, str]) -> int:

@@ -17,9 +17,8 @@ from pathlib import Path
 import typer
 
 from launch.job import records
-from launch.program import Programs
+from launch.program import DONE, FAILED, REQUEUE, Programs, standalone
 
-DONE, FAILED, REQUEUE = 0, 1, 75
 # Before the next start, so that the other nodes have noticed, and nobody meets what is about to end.
 PAUSE_S = 5.0
 # How long a node waits for the others to be started. What ends it in time is the job's own limit.
@@ -77,15 +76,13 @@ def keep_running(pod: Pod, arguments: Sequence[str], pause_s: float = PAUSE_S) -
 
 def _command(pod: Pod, arguments: Sequence[str]) -> list[str]:
     part = ["--part", f"{pod.index}/{pod.parts}"] if pod.parts else []
-    launcher: list[str] = []
+    launcher = standalone(pod.processes)
     if pod.nodes > 1:
         launcher = [
             *("torch.distributed.run", f"--nnodes={pod.nodes}", f"--nproc-per-node={pod.processes}"),
             *("--max-restarts=0", "--rdzv-backend=c10d", f"--rdzv-endpoint={pod.master}", f"--rdzv-id={pod.job}"),
             *(f"--rdzv-conf=is_host={int(pod.index == 0)},join_timeout={JOIN_S}", "-m"),
         ]
-    elif pod.processes > 1:
-        launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={pod.processes}", "-m"]
     return [sys.executable, "-m", *launcher, *arguments, *part]
 
 
@@ -140,9 +137,8 @@ def _done(pod: Pod) -> bool:
 
 def _mark(pod: Pod, index: int | None = None) -> Path:
     """A file that says that a pod's share is done; a dataset holds nothing but what its manifest lists."""
-    return (
-        records(pod.run, "data" if pod.parts else "train") / f"done-{pod.job}-{pod.index if index is None else index}"
-    )
+    kept = records(pod.run, "data" if pod.parts else "train")
+    return kept / f"done-{pod.job}-{pod.index if index is None else index}"
 
 
 def _sleep(programs: Programs, seconds: float) -> None:

@@ -10,6 +10,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
+# Of `python -m …` (contract 4).
+DONE, FAILED, REQUEUE = 0, 1, 75
+
+
+def standalone(processes: int) -> list[str]:
+    """What comes before `-m PROGRAM`'s arguments where it is several ranks of one machine."""
+    return ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"] if processes > 1 else []
+
 
 class Programs:
     """Runs one program after the other. SIGTERM and Ctrl-C are passed on as SIGTERM: the trainer saves then."""

@@ -88,8 +88,7 @@ def _values(job: Job, stage: Stage, cluster: SlurmCluster) -> dict[str, Any]:
         binds = [word for one in cluster.shared for word in ("--bind", str(one))]
         gpus = ["--nv"] if _gpus(stage, cluster) else []
         python = ["apptainer", "exec", *gpus, *binds, cluster.container, "python"]
-    torchrun = cluster.launcher == "torchrun" and stage.nodes * stage.processes > 1
-    cores = cluster.cpus_per_process
+    torchrun = _by_torchrun(stage, cluster)
     return {
         "options": list(options(job, stage, cluster)),
         "records": job.records.absolute(),
@@ -99,8 +98,8 @@ def _values(job: Job, stage: Stage, cluster: SlurmCluster) -> dict[str, Any]:
         "trains": stage.name == "train",
         "nodes": stage.nodes,
         "processes": stage.processes,
-        "cpus_per_task": cores * (stage.processes if torchrun else 1),
-        "threads": cores,
+        "cpus_per_task": _cpus_per_task(stage, cluster),
+        "threads": cluster.cpus_per_process,
         "stop_seconds": cluster.stop_seconds,
         "max_restarts": cluster.max_restarts,
         "modules": cluster.modules,
@@ -115,7 +114,6 @@ def _values(job: Job, stage: Stage, cluster: SlurmCluster) -> dict[str, Any]:
 
 def options(job: Job, stage: Stage, cluster: SlurmCluster) -> Iterator[str]:
     """What a stage asks of sbatch, as its #SBATCH lines have it."""
-    torchrun = cluster.launcher == "torchrun" and stage.nodes * stage.processes > 1
     several = len(stage.tasks) > 1
     log = job.records.absolute() / submission.LOGS / f"{stage.name}-{'%A_%a' if several else '%j'}.log"
     pattern = str(log.parent).replace("%", "%%") + "/" + log.name
@@ -124,8 +122,8 @@ def options(job: Job, stage: Stage, cluster: SlurmCluster) -> Iterator[str]:
         "output": pattern,
         "chdir": str(Path.cwd()),
         "nodes": stage.nodes,
-        "ntasks-per-node": 1 if torchrun else stage.processes,
-        "cpus-per-task": cluster.cpus_per_process * (stage.processes if torchrun else 1),
+        "ntasks-per-node": 1 if _by_torchrun(stage, cluster) else stage.processes,
+        "cpus-per-task": _cpus_per_task(stage, cluster),
         "time": job.time or cluster.time,
         "partition": cluster.partition,
         "account": cluster.account,
@@ -143,6 +141,15 @@ def options(job: Job, stage: Stage, cluster: SlurmCluster) -> Iterator[str]:
     yield from cluster.sbatch
 
 
+def _by_torchrun(stage: Stage, cluster: SlurmCluster) -> bool:
+    """Whether a task is a node, on which torchrun starts the ranks; else each rank is a task."""
+    return cluster.launcher == "torchrun" and stage.nodes * stage.processes > 1
+
+
+def _cpus_per_task(stage: Stage, cluster: SlurmCluster) -> int:
+    return cluster.cpus_per_process * (stage.processes if _by_torchrun(stage, cluster) else 1)
+
+
 def _gpus(stage: Stage, cluster: SlurmCluster) -> str:
     """The GPUs of a node, as --gres has them."""
     if not (stage.gpus and cluster.gpus_per_node):
@@ -154,7 +161,7 @@ def submit(job: Job, stages: Sequence[Stage], cluster: SlurmCluster, folder: Pat
     """Hand the stages over, each to begin once the one before is done; sbatch looks at all of them first.
 
     Raises:
-        LaunchError: SLURM refuses one; none was submitted then.
+        LaunchError: SLURM refuses one. None was submitted if the trial found that; else those before it were.
     """
     (folder / submission.LOGS).mkdir(exist_ok=True)
     for stage in stages:

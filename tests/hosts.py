@@ -16,8 +16,9 @@ import os
 import random
 import socket
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import psutil
@@ -150,6 +151,28 @@ class Hosts(Machines):
     def plug(self, name: str) -> None:
         """Plug it in again."""
         self._at_switch(f"ip link set {name} up")
+
+    @contextlib.contextmanager
+    def private(self, name: str, folder: Path) -> Iterator[None]:
+        """A file system of a host's own lies over a folder."""
+        subprocess.run([*self.inside(name), "mount", "-t", "tmpfs", "none", str(folder)], check=True, timeout=COMMAND_S)
+        try:
+            yield
+        finally:
+            subprocess.run([*self.inside(name), "umount", "--lazy", str(folder)], check=True, timeout=COMMAND_S)
+
+    @contextlib.contextmanager
+    def taken(self, name: str, ports: Sequence[int]) -> Iterator[None]:
+        """A process holds some ports of a host."""
+        code = f"import socket, time; held = [socket.create_server(('', one)) for one in {list(ports)}]"
+        command = [*self.inside(name), sys.executable, "-uc", f"{code}; print(); time.sleep(999)"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as holder:
+            assert holder.stdout
+            assert holder.stdout.readline() == b"\n"
+            try:
+                yield
+            finally:
+                holder.kill()
 
     def hosts_file(self, name: str) -> Path:
         """/etc/hosts of a host; what is written into it counts at once."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import subprocess
@@ -270,16 +269,6 @@ def test_faults_of_a_cluster_file_are_named(slurm, examine, words, values, said)
     assert said in found
 
 
-@contextlib.contextmanager
-def private(cluster, name, folder):
-    """A file system of a node's own lies over a folder."""
-    cluster.on(name, "mount", "-t", "tmpfs", "none", str(folder))
-    try:
-        yield
-    finally:
-        cluster.on(name, "umount", "--lazy", str(folder))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "said"),
@@ -287,7 +276,7 @@ def private(cluster, name, folder):
 )
 def test_a_folder_that_is_not_shared(slurm_hosts, examine, tmp_path, name, said):
     (tmp_path / "runs").mkdir()
-    with private(slurm_hosts, name, tmp_path / "runs"):
+    with slurm_hosts.machines.private(name, tmp_path / "runs"):
         code, found = examine(sbatch='["--nodelist=node1,node2"]')
     assert code == 2
     assert said in found
@@ -298,13 +287,7 @@ def test_a_port_in_use(slurm_hosts, examine, tmp_path):
     """The port follows from the job's number, and every number that the job can get is taken."""
     last = int(slurm_hosts.sbatch("true", folder=tmp_path))
     ports = [10000 + number % 20000 for number in range(last, last + 20)]
-    taken = f"import socket, time; held = [socket.create_server(('', one)) for one in {ports}]; print(); time.sleep(99)"
-    command = [*slurm_hosts.machines.inside("node1"), sys.executable, "-uc", taken]
-    with subprocess.Popen(command, stdout=subprocess.PIPE) as holder:
-        assert holder.stdout.readline() == b"\n"
-        try:
-            code, found = examine(sbatch='["--nodelist=node1,node2"]')
-        finally:
-            holder.kill()
+    with slurm_hosts.machines.taken("node1", ports):
+        code, found = examine(sbatch='["--nodelist=node1,node2"]')
     assert code == 2
     assert re.search(r"node node1: port \d+, where the ranks would meet, is in use .*\(by python", found)

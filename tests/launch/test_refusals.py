@@ -5,7 +5,6 @@ Each within a minute, with what was found and the fix; nothing of it is tried ag
 
 from __future__ import annotations
 
-import contextlib
 import subprocess
 import sys
 from pathlib import Path
@@ -77,20 +76,10 @@ def test_a_host_whose_own_name_is_loopback(slurm_hosts, refused_by_nodes):
 @pytest.mark.slow
 def test_a_run_folder_that_is_not_shared(slurm_hosts, refused_by_nodes, tmp_path):
     (tmp_path / "runs").mkdir()
-    with private(slurm_hosts, "node2", tmp_path / "runs"):
+    with slurm_hosts.machines.private("node2", tmp_path / "runs"):
         said = refused_by_nodes()
     assert f"node node2: does not see {tmp_path}/runs/a run/launch as the first node does" in said
     assert "`shared:`" in said
-
-
-@contextlib.contextmanager
-def private(cluster, name, folder):
-    """A file system of a node's own lies over a folder."""
-    cluster.on(name, "mount", "-t", "tmpfs", "none", str(folder))
-    try:
-        yield
-    finally:
-        cluster.on(name, "umount", "--lazy", str(folder))
 
 
 @pytest.mark.slow
@@ -99,13 +88,7 @@ def test_a_port_in_use(slurm_hosts, refused_by_nodes, tmp_path):
     last = int(slurm_hosts.sbatch("true", folder=tmp_path))
     slurm_hosts.wait(str(last), "COMPLETED")
     ports = [10000 + number % 20000 for number in range(last, last + 20)]
-    taken = f"import socket, time; held = [socket.create_server(('', one)) for one in {ports}]; print(); time.sleep(99)"
-    command = [*slurm_hosts.machines.inside("node1"), sys.executable, "-uc", taken]
-    with subprocess.Popen(command, stdout=subprocess.PIPE) as holder:
-        assert holder.stdout.readline() == b"\n"
-        try:
-            said = refused_by_nodes()
-        finally:
-            holder.kill()
+    with slurm_hosts.machines.taken("node1", ports):
+        said = refused_by_nodes()
     assert "where the ranks would meet, is in use on this first node (by python" in said
     assert "submit again" in said
