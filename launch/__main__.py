@@ -128,7 +128,7 @@ def submit_or_render(
         for name, text in files.items():
             typer.echo(f"# --- {job.records / name}\n{text}" if len(files) > 1 else text, nl=False)
         return
-    _refuse_a_second(run)
+    _refuse_a_second({run, *(task.run for part in parts for task in part.tasks)})
     folder = submission.keep(job.records, backend.render(job, parts, site))
     raise typer.Exit(backend.submit(job, parts, site, folder))
 
@@ -197,12 +197,13 @@ def check_node(
     master: Annotated[str, typer.Option(help="The first node's address.")],
     port: Annotated[int, typer.Option(help="Where the ranks will meet.")],
     nodes: Annotated[int, typer.Option(help="How many nodes the job has.")],
+    meet: Annotated[int, typer.Option(help="Seconds that they wait for each other.")],
 ) -> None:
     """What a job's batch script runs on each node before the program: is there what the program needs?"""
     from launch import preflight
 
     node = preflight.this_node(folder, token, master, port, nodes)
-    problems, warnings = preflight.check(node)
+    problems, warnings = preflight.check(node, meet)
     if problems or warnings:
         typer.echo(preflight.report(node, problems, warnings), err=True)
     raise typer.Exit(USER_MUST_ACT if problems else 0)
@@ -235,17 +236,20 @@ def _submitted(run: Path) -> Submission | None:
     return submission.recorded(run) if there else None
 
 
-def _refuse_a_second(run: Path) -> None:
-    """Two jobs that write one run folder would spoil it."""
-    found = _submitted(run)
-    if found is None:
-        return
-    states = _backend(found.cluster).states(found)
-    if active := [f"{one['id']} ({one['state']})" for one in states if one["state"] in ACTIVE]:
-        raise LaunchError(
-            f"--run {run} is being worked on: {', '.join(active)}. Wait, or take that back first: "
-            f"python -m launch cancel {shlex.quote(str(run))}"
-        )
+def _refuse_a_second(runs: set[Path]) -> None:
+    """Two jobs that write one run folder would spoil it; the runs of a sweep are known to the sweep alone."""
+    runs = {run.absolute() for run in runs}
+    names = {run.name for run in runs}
+    for folder in sorted(runs | {run.parent for run in runs}):
+        found = _submitted(folder)
+        states = _backend(found.cluster).states(found) if found else []
+        active = [one for one in states if one["state"] in ACTIVE]
+        if own := [one for one in active if folder in runs or Path(one["run"]).name in names]:
+            told = ", ".join(f"{one['id']} ({one['state']})" for one in own)
+            raise LaunchError(
+                f"--run {own[0]['run']} is being worked on: {told}. Wait, or take that back first: "
+                f"python -m launch cancel {shlex.quote(str(folder))}"
+            )
 
 
 def _backend(site: AnyCluster) -> Any:

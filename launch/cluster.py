@@ -79,7 +79,6 @@ class RemoteCluster(Cluster):
     gpus_per_node: int = Field(0, ge=0, description="GPUs on a node, and so ranks on it; 0: one CPU process a node")
     cpus_per_process: int = Field(1, gt=0, description="processor cores a rank: its own threads and its loaders")
     memory_gb: int | None = Field(None, gt=0, description="memory of a node; null: what the site gives by default")
-    time: Time = Field(description="time limit of a job that does not say one, [D-]HH:MM:SS")
     stop_seconds: int = Field(
         300,
         gt=0,
@@ -101,6 +100,8 @@ class SlurmCluster(RemoteCluster):
     """A site with SLURM, whose sbatch, squeue and scontrol work where jobs are submitted."""
 
     backend: Literal["slurm"]
+    time: Time = Field(description="time limit of a job that does not say one, [D-]HH:MM:SS")
+    meet_seconds: int = Field(30, gt=0, description="how long nodes wait for each other to begin, where that is slow")
     partition: str = Field("", description="by default the site's")
     account: str = Field("", description="what jobs are charged to")
     qos: str = Field("", description="quality of service")
@@ -132,6 +133,7 @@ class KubernetesCluster(RemoteCluster):
     """A Kubernetes cluster, reached as kubectl reaches it."""
 
     backend: Literal["kubernetes"]
+    time: Time | None = Field(None, description="limit of a job that does not say one, waiting included; null: none")
     kind: Literal["trainjob", "job"] = Field(
         "trainjob", description="a Kubeflow Trainer TrainJob, or a plain Indexed Job where Trainer is not installed"
     )

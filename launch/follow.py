@@ -16,14 +16,13 @@ import typer
 import yaml
 
 from launch.job import LaunchError
+from launch.program import state_of
 from launch.submission import LOGS, Submission, folder
 
 # A run that trains writes a line a step; one that has written none for so long hangs, or its steps are very long.
 STALLED_S = 600
 # Ends of files that are looked at: hundreds of steps of metrics, thousands of lines of a log.
 METRICS_TAIL, LOG_TAIL = 1 << 17, 1 << 20
-# How exit.json has it → how SLURM would say it.
-ENDED = {"done": "COMPLETED", "failed": "FAILED", "requeue": "STOPPED"}
 
 
 @dataclass(frozen=True)
@@ -54,10 +53,18 @@ def rows(run: Path, found: Submission | None, states: Callable[[Submission], lis
         LaunchError: the folder is no run's, or the scheduler gives no answer.
     """
     if found:
-        return [_row(one) for one in states(found)]
+        return [_row(one | {"state": one["state"] or _left(run, one["id"])}) for one in states(found)]
     if not (run / "config.yaml").is_file() and not (run / "exit.json").is_file():
         raise LaunchError(f"{run}: no run was submitted with this folder, and none has begun in it.")
     return [_row({"stage": "train", "run": str(run), "state": ""})]
+
+
+def _left(run: Path, id_: str) -> str:
+    """How a job ended that its scheduler has forgotten, by the exit code that its script left; "" if it left none."""
+    try:
+        return state_of(int((folder(run) / f"ended-{id_}").read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return ""
 
 
 def _row(one: Mapping[str, Any]) -> Row:
@@ -70,7 +77,7 @@ def _row(one: Mapping[str, Any]) -> Row:
     if state == "RUNNING" and silent_s is not None and silent_s > STALLED_S:
         state, reason = "RUNNING, stalled", f"has written nothing for {_duration(silent_s)}"
     elif not state and verdict:
-        state = ENDED.get(str(verdict["status"]), str(verdict["status"]))
+        state = state_of(verdict["code"])
     elif not state:
         state = "RUNNING" if silent_s is not None and silent_s < STALLED_S else "ended without a word"
     if verdict.get("reason") and not state.startswith(("RUNNING", "PENDING")):
@@ -129,7 +136,7 @@ def verdict_of(run: Path) -> dict[str, Any]:
         found = json.loads((run / "exit.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) and "status" in found else {}
+    return found if isinstance(found, dict) and "code" in found else {}
 
 
 def silence(run: Path, since: float | None = None) -> float | None:

@@ -9,6 +9,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 STAGES = ("train", "evaluate", "export", "data")
+# What of an address lets whoever reads it in: user and password, a token instead, or a signed query.
+SECRET_ADDRESS = re.compile(
+    r"(?<=://)[^/\s@]*:[^/\s]*@|(?<=http://)[^/\s]+@|(?<=https://)[^/\s]+@"
+    r"|(?<=[?&])[^=&\s]*(?:sig|signature|token|key|credential|password)=[^&\s]+",
+    re.IGNORECASE,
+)
 # Stages that may follow one that is done; all work on the same run folder.
 FOLLOWERS = ("evaluate", "export")
 
@@ -92,10 +98,10 @@ class Job:
             if stage not in FOLLOWERS:
                 raise LaunchError(f"--then {stage}: not known. Known are {', '.join(FOLLOWERS)}.")
         for word in (self.recipe, self.data, str(self.run), self.evaluate_on, *self.settings, *self.sweep):
-            if re.search(r"://[^/\s]*:[^/\s]*@", word):
+            if SECRET_ADDRESS.search(word):
                 raise LaunchError(
-                    f"{re.sub(r'://[^/]*@', '://…@', word)}: an address with a password would be in scripts and logs. "
-                    "Leave it out, and put it where its library looks (environment from a file: `secrets` of the "
+                    f"{SECRET_ADDRESS.sub('…', word)}: an address with a password or a key would be in scripts and "
+                    "logs. Leave it out, and put it where its library looks (environment from a file: `secrets` of the "
                     "cluster file)."
                 )
 

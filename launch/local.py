@@ -14,7 +14,7 @@ import psutil
 from launch import submission
 from launch.cluster import LocalCluster
 from launch.job import Job, LaunchError, Stage, Task
-from launch.program import REQUEUE, Programs, standalone
+from launch.program import Programs, standalone, state_of
 from launch.submission import Submission, Submitted
 
 
@@ -66,7 +66,7 @@ def states(found: Submission) -> list[dict[str, Any]]:
                 state = waiting[0]
                 waiting[0] = waiting[1]
             else:
-                state = {0: "COMPLETED", REQUEUE: "STOPPED"}.get(code, "FAILED")
+                state = state_of(code)
                 if code:
                     waiting = ["CANCELLED", "CANCELLED"]
             reason = f"exit code {code}" if code else ""

@@ -125,7 +125,7 @@ def _values(job: Job, stage: Stage, task: Task, cluster: KubernetesCluster, part
         ],
         "requests": {"cpu": str(cores), **memory, **devices},
         "limits": {**memory, **devices},
-        "deadline": seconds(job.time or cluster.time),
+        "deadline": seconds(limit) if (limit := job.time or cluster.time) else None,
         "max_restarts": cluster.max_restarts,
         "stop_seconds": cluster.stop_seconds,
         "node_selector": cluster.node_selector,

@@ -18,8 +18,6 @@ import psutil
 
 # NFS clients believe for some seconds that a file is not there.
 FOLDER_S = 10.0
-# srun starts the nodes of a job one after the other.
-MEET_S = 30.0
 CONNECT_S = 5.0
 LOW_DISK_BYTES = 1e9
 LINE = 1000
@@ -88,7 +86,7 @@ def addresses(name: str) -> list[str]:
 
 
 def check(
-    node: Node, *, resolve: Resolve = addresses, meet_s: float = MEET_S, folder_s: float = FOLDER_S
+    node: Node, meet_s: float, *, resolve: Resolve = addresses, folder_s: float = FOLDER_S
 ) -> tuple[list[str], list[str]]:
     """All (problems, warnings) of a node; with a problem, the job's program would fail or hang.
 
@@ -96,8 +94,8 @@ def check(
 
     Args:
         node: what is to be checked.
+        meet_s: seconds that nodes wait for each other; srun starts them one after the other.
         resolve: a name → its addresses.
-        meet_s: seconds that nodes wait for each other.
         folder_s: seconds that a node waits for the token to be seen.
     """
     until = time.monotonic() + meet_s
@@ -126,7 +124,7 @@ def check(
         problems.append(
             f"{silent} of the job's {node.nodes} nodes did not connect to this first node's port {node.port} in "
             f"{meet_s:.0f} s ({heard}). See what they say themselves; one that says nothing is cut off, or down: "
-            "`sinfo -N -l` shows its state."
+            "`sinfo -N -l` shows its state. Where nodes only begin slowly, raise `meet_seconds` of the cluster file."
         )
     if node.folder.is_dir() and (free := shutil.disk_usage(node.folder).free) < LOW_DISK_BYTES:
         warnings.append(f"only {free / 1e6:.0f} MB are free in {node.folder}. Checkpoints may not fit.")

@@ -14,6 +14,11 @@ from types import FrameType
 DONE, FAILED, REQUEUE = 0, 1, 75
 
 
+def state_of(code: int) -> str:
+    """How SLURM would call the end of what has ended with an exit code."""
+    return {DONE: "COMPLETED", REQUEUE: "STOPPED"}.get(code, "FAILED")
+
+
 def standalone(processes: int) -> list[str]:
     """What comes before `-m PROGRAM`'s arguments where it is several ranks of one machine."""
     return ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"] if processes > 1 else []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shlex
 import subprocess
@@ -33,6 +34,10 @@ FIXES = {
     "Invalid feature": "`constraint` of the cluster file; `sinfo -o %f` lists features",
     "Unable to contact slurm controller": "is this a login node of the cluster? `scontrol ping` must say UP",
 }
+
+
+class GoneError(LaunchError):
+    """A job has ended, perhaps so long ago that SLURM has forgotten it."""
 
 
 def render(job: Job, stages: Sequence[Stage], cluster: SlurmCluster) -> dict[str, str]:
@@ -101,6 +106,7 @@ def _values(job: Job, stage: Stage, cluster: SlurmCluster) -> dict[str, Any]:
         "cpus_per_task": _cpus_per_task(stage, cluster),
         "threads": cluster.cpus_per_process,
         "stop_seconds": cluster.stop_seconds,
+        "meet_seconds": cluster.meet_seconds,
         "max_restarts": cluster.max_restarts,
         "modules": cluster.modules,
         "setup": cluster.setup,
@@ -185,7 +191,8 @@ def cancel(found: Submission) -> None:
     """
     assert isinstance(found.cluster, SlurmCluster)
     for id_ in _training(found):
-        ask("scancel", "--batch", "--signal=USR1", id_)
+        with contextlib.suppress(GoneError):  # it has just ended by itself
+            ask("scancel", "--batch", "--signal=USR1", id_)
     until = time.monotonic() + found.cluster.stop_seconds
     while _training(found) and time.monotonic() < until:
         time.sleep(0.5)
@@ -203,12 +210,9 @@ def states(found: Submission) -> list[dict[str, Any]]:
     """
     rows = []
     for one in found.jobs:
-        try:
+        lines: list[str] = []
+        with contextlib.suppress(GoneError):
             lines = ask("scontrol", "show", "job", one.id, "--oneliner").splitlines()
-        except LaunchError as error:
-            if "Invalid job id" not in str(error):
-                raise
-            lines = []
         # A line for each task that has begun, and one for all that wait.
         told = sorted(map(fields, lines), key=lambda job: job.get("ArrayTaskId", "").isdigit())
         by_task = {number: job for job in told for number in _tasks(job, len(one.runs))}
@@ -257,6 +261,7 @@ def ask(*words: str, patience_s: float = PATIENCE_S) -> str:
 
     Raises:
         LaunchError: it is not installed, refuses, or does not answer.
+        GoneError: the job it is about has ended, or is not known any more.
     """
     try:
         done = subprocess.run(words, capture_output=True, text=True, timeout=patience_s)
@@ -268,6 +273,8 @@ def ask(*words: str, patience_s: float = PATIENCE_S) -> str:
         raise LaunchError(f"{words[0]}: no answer in {patience_s:.0f} s. `scontrol ping` must say UP.") from error
     if done.returncode:
         said = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
+        if "Invalid job id" in said:
+            raise GoneError(f"{shlex.join(words)}: {said}")
         fix = next((fix for key, fix in FIXES.items() if key.lower() in said.lower()), "")
         raise LaunchError(f"{shlex.join(words)}: {said}" + (f" The fix: {fix}." if fix else ""))
     return done.stdout

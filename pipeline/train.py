@@ -14,6 +14,7 @@ import logging
 import math
 import os
 import time
+import warnings
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
@@ -156,7 +157,9 @@ def train(recipe: Recipe, run: Path, stop: StopRequest | None = None) -> str:
     trained = [parameter for parameter in towers.parameters() if parameter.requires_grad]
     parallel: Any = torch.compile(towers) if recipe.train.compile else towers
     if not sharded:
-        parallel = accelerator.prepare_model(parallel)
+        with warnings.catch_warnings():  # of a word that torch has replaced, and Accelerate only knows the old one
+            warnings.filterwarnings("ignore", ".*broadcast_buffers.*is deprecated", FutureWarning)
+            parallel = accelerator.prepare_model(parallel)
     optimizer = accelerator.prepare_optimizer(optimizer, device_placement=False)
     normalize = normalizer(towers.visual.image_mean, towers.visual.image_std, device)
 

@@ -125,6 +125,14 @@ def test_of_a_run_that_no_scheduler_knows_its_files_tell(run, scheduler, capsys,
     assert said(capsys, "status", run) == alone
 
 
+@pytest.mark.parametrize(("code", "expected"), [(0, "COMPLETED"), (2, "FAILED"), (75, "STOPPED"), (None, "unknown")])
+def test_of_a_job_that_slurm_has_forgotten_its_script_tells(run, scheduler, capsys, code, expected):
+    scheduler(state(run, "", "evaluate", "8"))
+    if code is not None:
+        (submission.folder(run) / "ended-8").write_text(f"{code}\n")
+    assert said(capsys, "status", run) == [f"evaluate {run}: {expected}"]
+
+
 def test_a_failure_of_before_is_not_told_of_a_run_that_goes_on(run, scheduler, capsys):
     write_run(run, verdict={"status": "requeue", "code": 75, "rank": 0, "reason": "rank 0 lost others"})
     scheduler(state(run))
@@ -270,8 +278,10 @@ def test_what_runs_here_is_followed_until_it_ends(run, capsys, number, ended):
         time.sleep(0.01)
     where = [f"train {run / f'optim.lr={value}'}: " for value in (1, 2, 3)]
     assert said(capsys, "status", run) == [where[0] + "COMPLETED", where[1] + "RUNNING", where[2] + "PENDING"]
-    assert main([str(word) for word in words]) == 2  # two would write the same runs
-    assert "is being worked on" in capsys.readouterr().err
+    alone = ["submit", "--run", run / "optim.lr=2", "--recipe", "demo", "--data", "x"]
+    for other in (words, alone):  # two would write the same run
+        assert main([str(word) for word in other]) == 2
+        assert "is being worked on" in capsys.readouterr().err
     if number == signal.SIGTERM:
         assert main(["cancel", str(run)]) == 0
     else:

@@ -56,7 +56,10 @@ def test_what_cannot_run_is_refused_with_the_fix(tmp_path, capsys):
         ([*given, "--time", "2h"], "[D-]HH:MM:SS"),
         ([*given, "--sweep", "optim.lr"], "KEY=VALUE,VALUE"),
         ([*given, "--then", "lunch"], "evaluate, export"),
-        ([*given, "tracking.x=https://me:hunter2@host/"], "would be in scripts"),
+        ([*given, "tracking.x=https://me:hunter2@host/"], "https://…host/: an address with"),
+        ([*given, "tracking.x=s3://me:hunter2@host/"], "would be in scripts"),
+        ([*given, "tracking.x=https://hunter2@host/"], "would be in scripts"),
+        ([*given, "--data", "https://host/a?x=1&X-Amz-Signature=hunter2"], "a?x=1&…: an address with"),
     ):
         assert main(["submit", *run, *words]) == 2, words
         told = capsys.readouterr().err

@@ -228,6 +228,12 @@ class TestBoth:
             rendered(training(), site(kind=kind, tolerations=[{"tolerationSeconds": "long"}]))
 
 
+@pytest.mark.parametrize("kind", ["job", "trainjob"])
+def test_without_a_time_there_is_no_limit(kind):
+    job = rendered(training(), site(kind=kind, time=None))[-1]
+    assert "activeDeadlineSeconds" not in job["spec"]
+
+
 def test_a_sweep_is_an_object_a_run():
     job = training(sweep=("optim.lr=1e-3,1e-4",))
     names = [one["metadata"]["name"] for one in rendered(job, site())]

@@ -36,7 +36,7 @@ def problems(node, **arguments):
 
 
 def test_a_sound_node_has_no_problems(node):
-    assert check(node, resolve=resolve) == ([], [])
+    assert check(node, 0.5, resolve=resolve) == ([], [])
 
 
 def test_the_first_nodes_name_must_be_known(node):
@@ -120,7 +120,7 @@ def test_a_folder_that_may_not_be_written(node, tmp_path):
 
 def test_a_full_disk_is_a_warning(node, monkeypatch):
     monkeypatch.setattr(preflight, "LOW_DISK_BYTES", float("inf"))
-    found, (warning,) = check(node, resolve=resolve)
+    found, (warning,) = check(node, 0.5, resolve=resolve)
     assert found == []
     assert "MB are free" in warning
 
@@ -178,6 +178,8 @@ def test_the_command_exits_as_a_batch_script_needs_it(node, sound, code):
         "--port",
         str(node.port),
         "--nodes",
+        "1",
+        "--meet",
         "1",
     ]
     environment = {**os.environ, "SLURMD_NODENAME": "node1"}

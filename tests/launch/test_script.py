@@ -30,6 +30,7 @@ if [ -n "${STOP-}" ]; then  # SLURM warns the script, which passes it on
   for _ in {1..200}; do sleep 0.1; done
 fi
 [ -z "${SAID-}" ] || echo "$SAID" >"$RUN/exit.json"
+[[ -n "${first-}" && -z "${FAILS-}" && ${CODE-0} -ne 0 ]] && echo "$CODE" >"$first"  # as tasks do
 exit "${CODE-0}"
 """
 
@@ -70,6 +71,7 @@ def script(tmp_path):
         ({"CODE": "2"}, 2, False),
         ({"CODE": "75"}, 75, True),
         ({"CODE": "137"}, 137, True),
+        ({"CODE": "1", "FAILS": "srun"}, 128, True),
         ({"CODE": "75", "STATE": "CANCELLED"}, 75, False),
         ({"CODE": "137", "STATE": "COMPLETING"}, 137, False),
         ({"CODE": "75", "restarts": 2}, 75, True),
@@ -77,12 +79,15 @@ def script(tmp_path):
         ({"CODE": "0", "restarts": 4}, 1, False),  # SLURM restarts jobs as well
         ({"CHECK": "2"}, 2, False),
         ({"CHECK": "2", "restarts": 1}, 75, True),
+        ({"CHECK": "1"}, 1, False),
+        ({"CHECK": "1", "restarts": 1}, 75, True),
         ({"CHECK": "233"}, 233, True),
     ],
 )
 def test_a_stop_and_a_death_start_a_job_again_and_nothing_else_does(script, variables, code, requeued):
     found, asked, _ = script(**variables)
     assert (found, asked) == (code, "requeue 7" if requeued else "")
+    assert (script.run / "launch/ended-7").read_text() == f"{code}\n"
 
 
 @pytest.mark.parametrize("signal", ["USR1", "TERM"])
@@ -101,6 +106,7 @@ def test_a_warning_reaches_the_program_and_what_it_has_ended_begins_again(script
 def test_of_a_sweep_the_task_alone_is_requeued_though_it_bears_the_id_of_all(script):
     array = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "1"}
     assert script(sweep=("optim.lr=1,2",), CODE="75", **array)[:2] == (75, "requeue 7_1")
+    assert [path.name for path in (script.run / "launch").glob("ended-*")] == ["ended-7_1"]
 
 
 @pytest.mark.parametrize(

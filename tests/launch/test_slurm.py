@@ -15,6 +15,7 @@ import psutil
 import pytest
 import yaml
 
+from launch.slurm import GoneError, ask
 from tests.conftest import RECIPE
 from tests.processes import last_step, train
 from tests.slurm_cluster import URGENT, Cluster
@@ -221,7 +222,19 @@ def test_a_run_is_not_submitted_twice(site, tmp_path):
     assert again.returncode == 2
     assert job in again.stderr
     assert "launch cancel" in again.stderr
-    assert site.launch("cancel", run).returncode == 0
+    for _ in range(2):  # the second time it has ended already
+        done = site.launch("cancel", run)
+        assert done.returncode == 0, done.stderr
+
+
+def test_what_slurm_says_of_jobs_that_are_no_more_is_known(slurm, tmp_path, monkeypatch):
+    for name in ("PATH", "SLURM_CONF"):
+        monkeypatch.setenv(name, slurm.env[name])
+    job = slurm.sbatch("true", folder=tmp_path)
+    slurm.wait(job, "COMPLETED")
+    for words in (("scontrol", "show", "job", "99999"), ("scancel", "--batch", "--signal=USR1", job)):
+        with pytest.raises(GoneError):
+            ask(*words)
 
 
 # --- Stops
