@@ -94,7 +94,7 @@ bench: $(STAMP) ## measure beside other tools: BENCH="preparation loading remote
 	set -e; for name in $(BENCH); do case " $(BENCH_ALONE) " in (*" $$name "*) photos=();; (*) photos=(--photos "$(PHOTOS)");; esac; $(BIN)/python -m tests.benchmarks.$$name "$${photos[@]}" $(ARGS); done
 
 test: $(STAMP) ## all tests but the slow ones
-	$(BIN)/python -m pytest -m "not slow and not endurance"
+	$(BIN)/python -m pytest -m "not slow and not endurance" -n logical --maxprocesses 8 --dist loadfile
 
 test-slow: $(STAMP) ## the slow ones
 	$(BIN)/python -m pytest -m slow

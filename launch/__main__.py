@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 USER_MUST_ACT = 2
 # States, in SLURM's words, of jobs that still write their run folder, or will.
-ACTIVE = {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "STAGE_OUT", "REQUEUED", "REQUEUE_HOLD"}
+ACTIVE = {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "STAGE_OUT"}
+ACTIVE |= {"REQUEUED", "REQUEUE_HOLD"}
 
 RunOption = Annotated[Path, typer.Option(help="The run folder; an unfinished run there goes on.")]
 RunArgument = Annotated[Path, typer.Argument(help="The run folder that was submitted with.", metavar="RUN")]
@@ -239,12 +240,11 @@ def _submitted(run: Path) -> Submission | None:
 def _refuse_a_second(runs: set[Path]) -> None:
     """Two jobs that write one run folder would spoil it; the runs of a sweep are known to the sweep alone."""
     runs = {run.absolute() for run in runs}
-    names = {run.name for run in runs}
     for folder in sorted(runs | {run.parent for run in runs}):
         found = _submitted(folder)
         states = _backend(found.cluster).states(found) if found else []
         active = [one for one in states if one["state"] in ACTIVE]
-        if own := [one for one in active if folder in runs or Path(one["run"]).name in names]:
+        if own := [one for one in active if folder in runs or folder / Path(one["run"]).name in runs]:
             told = ", ".join(f"{one['id']} ({one['state']})" for one in own)
             raise LaunchError(
                 f"--run {own[0]['run']} is being worked on: {told}. Wait, or take that back first: "

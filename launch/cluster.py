@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
-from launch.job import LaunchError, seconds
+from launch.job import SECRET_ADDRESS, LaunchError, seconds
 
 CLUSTERS = Path(__file__).parent / "clusters"
 # Values of such variables are never written down. TOKENIZERS_PARALLELISM is none.
@@ -29,8 +29,8 @@ def _checked_time(time: object) -> object:
 
 
 def _no_secrets(variables: dict[str, str]) -> dict[str, str]:
-    for name in variables:
-        if SECRET.search(name):
+    for name, value in variables.items():
+        if SECRET.search(name) or SECRET_ADDRESS.search(value):
             raise ValueError(f"{name} looks like a secret, which must not be in a file like this; see `secrets`")
     return variables
 
@@ -40,6 +40,8 @@ def _no_secrets_set(lines: list[str]) -> list[str]:
     for name, value in re.findall(r"(\w+)=([^\s;,]*)", "\n".join(lines)):
         if SECRET.search(name) and not re.match(r"[\"']?[$/~]|[\"']*$", value):
             raise ValueError(f"{name} looks like a secret, which must not be in a file like this; see `secrets`")
+    if any(map(SECRET_ADDRESS.search, lines)):
+        raise ValueError("an address with a password or a key must not be in a file like this; see `secrets`")
     return lines
 
 
@@ -97,7 +99,7 @@ class RemoteCluster(Cluster):
 
 
 class SlurmCluster(RemoteCluster):
-    """A site with SLURM, whose sbatch, squeue and scontrol work where jobs are submitted."""
+    """A site with SLURM, whose sbatch, scontrol and scancel work where jobs are submitted."""
 
     backend: Literal["slurm"]
     time: Time = Field(description="time limit of a job that does not say one, [D-]HH:MM:SS")

@@ -38,7 +38,7 @@ class Site(kubernetes.Api):
             client.response_deserialize(response, {"200": "bytearray"})  # raises what is no success
             return dict(json.loads(response.data))
 
-        return dict(self._ask(f"look at {path}", get, absent={}))
+        return dict(self._ask(f"look at {path}", get, instead=kubernetes.ABSENT))
 
 
 def findings(cluster: KubernetesCluster, folder: Path, nodes: int) -> Iterator[Finding]:
@@ -81,7 +81,7 @@ def _trainer(site: Site, cluster: KubernetesCluster) -> Iterator[Finding]:
         return
     kinds = {one["name"] for one in site.look(TRAINER).get("resources", [])}
     if "trainjobs" not in kinds:
-        fix = "install Kubeflow Trainer 2.2 or newer, or say `kind: job` in the cluster file"
+        fix = "install Kubeflow Trainer 2.3 or newer, or say `kind: job` in the cluster file"
         yield Finding("Trainer", "fail", "Kubeflow Trainer (trainer.kubeflow.org/v1alpha1) is not installed", fix)
     elif site.look(f"{TRAINER}/clustertrainingruntimes/{cluster.runtime}"):
         yield Finding("Trainer", "ok", f"installed, with the runtime {cluster.runtime}")

@@ -20,9 +20,10 @@ from launch.cluster import SlurmCluster
 from launch.doctor import Finding, failed
 from launch.job import Job, LaunchError, Stage, Task, seconds
 
-COMMANDS = ("sbatch", "srun", "squeue", "scancel")
+COMMANDS = ("sbatch", "srun", "scontrol", "sinfo", "scancel")
 STAGE = "doctor"
-# A job that is tried: how long it may take, what SLURM is told, and how long its log may take to be seen here.
+# A job that is tried: how long it may take once its nodes have met, what SLURM is told, and how long its log may take
+# to be seen here.
 RUN_S, RUN_TIME, LOG_S = 180, "00:05:00", 10
 # With these a job waits for its turn, and nothing is wrong.
 WAITS = {"None", "Resources", "Priority", "Reservation", "BeginTime", "Cleaning"}
@@ -197,7 +198,7 @@ def _tried(cluster: SlurmCluster, folder: Path, nodes: int, wait_s: float) -> It
     (submitted,) = submission.recorded(run).jobs
     log = kept / submission.LOGS / f"{STAGE}-{submitted.id}.log"
     try:
-        verdict = judged(_followed(submitted.id, wait_s), log, cluster, nodes)
+        verdict = judged(_followed(submitted.id, wait_s, RUN_S + cluster.meet_seconds), log, cluster, nodes)
     finally:
         with contextlib.suppress(LaunchError):  # it has ended, and is forgotten
             slurm.ask("scancel", submitted.id)
@@ -206,7 +207,7 @@ def _tried(cluster: SlurmCluster, folder: Path, nodes: int, wait_s: float) -> It
     yield verdict
 
 
-def _followed(id_: str, wait_s: float) -> dict[str, str]:
+def _followed(id_: str, wait_s: float, run_s: float) -> dict[str, str]:
     """What scontrol shows of a job once it has ended, or has waited, or run, for too long."""
     began, running = time.monotonic(), 0.0
     while True:
@@ -216,7 +217,7 @@ def _followed(id_: str, wait_s: float) -> dict[str, str]:
         waited_long = state == "PENDING" and now - began > wait_s
         if state not in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING") or waited_long:
             return told
-        if running and now - running > RUN_S:
+        if running and now - running > run_s:
             return told
         time.sleep(1)
 

@@ -17,7 +17,7 @@ import yaml
 
 from launch.job import LaunchError
 from launch.program import state_of
-from launch.submission import LOGS, Submission, folder
+from launch.submission import ENDED, LOGS, Submission, folder
 
 # A run that trains writes a line a step; one that has written none for so long hangs, or its steps are very long.
 STALLED_S = 600
@@ -62,7 +62,7 @@ def rows(run: Path, found: Submission | None, states: Callable[[Submission], lis
 def _left(run: Path, id_: str) -> str:
     """How a job ended that its scheduler has forgotten, by the exit code that its script left; "" if it left none."""
     try:
-        return state_of(int((folder(run) / f"ended-{id_}").read_text(encoding="utf-8")))
+        return state_of(int((folder(run) / f"{ENDED}{id_}").read_text(encoding="utf-8")))
     except (OSError, ValueError):
         return ""
 

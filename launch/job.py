@@ -12,7 +12,7 @@ STAGES = ("train", "evaluate", "export", "data")
 # What of an address lets whoever reads it in: user and password, a token instead, or a signed query.
 SECRET_ADDRESS = re.compile(
     r"(?<=://)[^/\s@]*:[^/\s]*@|(?<=http://)[^/\s]+@|(?<=https://)[^/\s]+@"
-    r"|(?<=[?&])[^=&\s]*(?:sig|signature|token|key|credential|password)=[^&\s]+",
+    r"|(?<=[?&])[^=&\s]*(?:sig|signature|token|key|secret|credential|passw(?:or)?d)=[^&\s]+",
     re.IGNORECASE,
 )
 # Stages that may follow one that is done; all work on the same run folder.
@@ -33,12 +33,15 @@ def seconds(time: str) -> int:
     if not found:
         raise ValueError(f"{time!r} is no time limit; write [D-]HH:MM:SS, such as 24:00:00 or 2-00:00:00")
     days, hours, minutes, rest = (int(number or 0) for number in found.groups())
-    return ((days * 24 + hours) * 60 + minutes) * 60 + rest
+    total = ((days * 24 + hours) * 60 + minutes) * 60 + rest
+    if not total:
+        raise ValueError(f"{time!r} leaves no time at all")
+    return total
 
 
 def records(run: Path, what: str) -> Path:
     """Where scripts, logs and ids are kept: in the run folder, but beside a dataset, which holds nothing else."""
-    return run.with_name(f"{run.name}.launch") if what == "data" else run / "launch"
+    return Path(f"{run.absolute()}.launch") if what == "data" else run / "launch"
 
 
 @dataclass(frozen=True)
@@ -98,9 +101,9 @@ class Job:
             if stage not in FOLLOWERS:
                 raise LaunchError(f"--then {stage}: not known. Known are {', '.join(FOLLOWERS)}.")
         for word in (self.recipe, self.data, str(self.run), self.evaluate_on, *self.settings, *self.sweep):
-            if SECRET_ADDRESS.search(word):
+            if found := SECRET_ADDRESS.search(word):
                 raise LaunchError(
-                    f"{SECRET_ADDRESS.sub('…', word)}: an address with a password or a key would be in scripts and "
+                    f"{word[: found.start()]}…: an address with a password or a key would be in scripts and "
                     "logs. Leave it out, and put it where its library looks (environment from a file: `secrets` of the "
                     "cluster file)."
                 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ FIXES = {
     409: "wait until it is gone, then submit again",
     422: "what it names, in the cluster file",
 }
+ABSENT: dict[int, Any] = {404: {}}
 # Words for states, as SLURM has them.
 PENDING, RUNNING, DONE, FAILED, STOPPED = "PENDING", "RUNNING", "COMPLETED", "FAILED", "SUSPENDED"
 CONDITIONS = {"Complete": DONE, "Failed": FAILED, "Suspended": STOPPED}
@@ -71,25 +72,27 @@ class Api:
 
     def create(self, manifest: dict[str, Any], *, dry_run: bool) -> None:
         """Make an object, or have the server only check it, webhooks included. A field it does not know is an error."""
-        kind, how = manifest["kind"], {"field_validation": "Strict", **({"dry_run": "All"} if dry_run else {})}
+        kind = manifest["kind"]
+        how: dict[str, Any] = {"field_validation": "Strict", **({"dry_run": "All"} if dry_run else {})}
         what = f"create {kind} {manifest['metadata']['name']}"
         if kind == "Service":
-            self._ask(what, self._core.create_namespaced_service, self._namespace, manifest, **how)
+            # One that an earlier submission of the run has left is the same.
+            self._ask(what, self._core.create_namespaced_service, self._namespace, manifest, instead={409: None}, **how)
         else:
             self._ask(what, self._objects.create_namespaced_custom_object, *self._place(kind), manifest, **how)
 
     def get(self, kind: str, name: str) -> dict[str, Any]:
         """A job; an empty one where there is none."""
         what, call = f"get {kind} {name}", self._objects.get_namespaced_custom_object
-        return self._ask(what, call, *self._place(kind), name, absent={})  # type: ignore[no-any-return]
+        return self._ask(what, call, *self._place(kind), name, instead=ABSENT)  # type: ignore[no-any-return]
 
     def delete(self, kind: str, name: str) -> None:
         """Remove a job, its pods (which are asked to stop first) and its Service, as far as they are there."""
         what, call = f"delete {kind} {name}", self._objects.delete_namespaced_custom_object
-        self._ask(what, call, *self._place(kind), name, absent={}, propagation_policy="Foreground")
+        self._ask(what, call, *self._place(kind), name, instead=ABSENT, propagation_policy="Foreground")
         if kind == "Job":
             call = self._core.delete_namespaced_service
-            self._ask(f"delete Service {name}", call, name, self._namespace, absent={})
+            self._ask(f"delete Service {name}", call, name, self._namespace, instead=ABSENT)
 
     def pods(self, kind: str, name: str) -> list[Any]:
         """The pods of a job, by index, and of one index by age."""
@@ -107,16 +110,23 @@ class Api:
         group, version, plural = KINDS[kind]
         return group, version, self._namespace, plural
 
-    def _ask(self, what: str, call: Callable[..., Any], *words: Any, absent: Any = None, **more: Any) -> Any:
-        """What the server answers; `absent`, if given, where it says that there is nothing."""
+    def _ask(
+        self,
+        what: str,
+        call: Callable[..., Any],
+        *words: Any,
+        instead: Mapping[int, Any] | None = None,
+        **more: Any,
+    ) -> Any:
+        """What the server answers; where it is one of the errors of `instead`, the value that stands there."""
         from kubernetes.client.exceptions import ApiException
         from urllib3.exceptions import HTTPError
 
         try:
             return call(*words, _request_timeout=PATIENCE_S, **more)
         except ApiException as error:
-            if error.status == 404 and absent is not None:
-                return absent
+            if instead and error.status in instead:
+                return instead[error.status]
             fix = f" The fix: {FIXES[error.status]}." if error.status in FIXES else ""
             raise LaunchError(f"{what}: {_said(error)}.{fix}") from error
         except (HTTPError, OSError) as error:

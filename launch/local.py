@@ -45,14 +45,14 @@ def _record(job: Job, stages: Sequence[Stage], cluster: LocalCluster, codes: Seq
     """Note which process runs the stages, and how those of their tasks ended that have."""
     me = f"{os.getpid()}@{int(psutil.Process().create_time())}"
     jobs = (
-        Submitted(stage.name, ":".join([me, *map(str, ended)]), tuple(str(task.run) for task in stage.tasks))
+        Submitted(stage.name, ":".join([me, *map(str, ended)]), tuple(str(task.run.absolute()) for task in stage.tasks))
         for stage, ended in zip(stages, codes, strict=True)
     )
     submission.record(job.records, Submission(cluster, tuple(jobs)))
 
 
 def states(found: Submission) -> list[dict[str, Any]]:
-    """Of each task {stage, run, id, state, restarts, reason, nodes}: COMPLETED, FAILED, STOPPED, RUNNING, PENDING.
+    """Of each task {stage, run, id, state, restarts, reason, nodes}: COMPLETED, FAILED, INTERRUPTED, RUNNING, PENDING.
 
     Where nothing runs them any more, those that have not ended are KILLED, if they had begun, or CANCELLED.
     """

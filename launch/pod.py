@@ -21,7 +21,7 @@ from launch.program import DONE, FAILED, REQUEUE, Programs, standalone
 
 # Before the next start, so that the other nodes have noticed, and nobody meets what is about to end.
 PAUSE_S = 5.0
-# How long a node waits for the others to be started. What ends it in time is the job's own limit.
+# How long a node waits for the others to be started. What ends it before is the job's own limit, if it has one.
 JOIN_S = 7 * 24 * 3600
 
 

@@ -15,8 +15,8 @@ DONE, FAILED, REQUEUE = 0, 1, 75
 
 
 def state_of(code: int) -> str:
-    """How SLURM would call the end of what has ended with an exit code."""
-    return {DONE: "COMPLETED", REQUEUE: "STOPPED"}.get(code, "FAILED")
+    """The state of what has ended with an exit code, in SLURM's words where it has one."""
+    return {DONE: "COMPLETED", REQUEUE: "INTERRUPTED"}.get(code, "FAILED")
 
 
 def standalone(processes: int) -> list[str]:

@@ -12,6 +12,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import typer
+
 from launch import network, submission
 from launch.cluster import SlurmCluster
 from launch.job import Job, LaunchError, Stage, seconds
@@ -179,7 +181,7 @@ def submit(job: Job, stages: Sequence[Stage], cluster: SlurmCluster, folder: Pat
             kind = "aftercorr" if stage.each_after_its_own and len(stage.tasks) > 1 else "afterok"
             words.append(f"--dependency={kind}:{submitted[-1].id}")
         number = ask("sbatch", *words, str(folder / f"{stage.name}.sbatch")).strip().partition(";")[0]
-        submitted.append(Submitted(stage.name, number, tuple(str(task.run) for task in stage.tasks)))
+        submitted.append(Submitted(stage.name, number, tuple(str(task.run.absolute()) for task in stage.tasks)))
         submission.record(job.records, Submission(cluster, tuple(submitted)))
     return 0
 
@@ -190,13 +192,24 @@ def cancel(found: Submission) -> None:
     Training is asked to stop before, and given stop_seconds for saving; scancel would leave it KillWait of slurm.conf.
     """
     assert isinstance(found.cluster, SlurmCluster)
-    for id_ in _training(found):
-        with contextlib.suppress(GoneError):  # it has just ended by itself
-            ask("scancel", "--batch", "--signal=USR1", id_)
+    ids, asked = [one.id for one in reversed(found.jobs)], set[str]()
+    _scancel("--state=PENDING", *ids)
     until = time.monotonic() + found.cluster.stop_seconds
-    while _training(found) and time.monotonic() < until:
-        time.sleep(0.5)
-    ask("scancel", *(one.id for one in reversed(found.jobs)))
+    try:
+        while (training := _training(found)) and time.monotonic() < until:
+            if not asked:
+                typer.echo(f"waits until it is saved, {found.cluster.stop_seconds} s at the most", err=True)
+            for id_ in set(training) - asked:
+                _scancel("--batch", "--signal=USR1", id_)
+            asked.update(training)
+            time.sleep(0.5)
+    finally:  # also if somebody does not wait for it: it would requeue itself once it is saved
+        _scancel(*ids)
+
+
+def _scancel(*words: str) -> None:
+    with contextlib.suppress(GoneError):  # one of the jobs has ended by itself; the others were told all the same
+        ask("scancel", *words)
 
 
 def _training(found: Submission) -> list[str]:

@@ -15,6 +15,8 @@ from launch.job import LaunchError, records
 RECORD = "submission.json"
 # What jobs print, where that is kept in files.
 LOGS = "logs"
+# ENDED + id: the exit code that a job's script leaves.
+ENDED = "ended-"
 
 
 @dataclass(frozen=True)
@@ -47,10 +49,13 @@ def folder(run: Path) -> Path:
 
 
 def keep(folder: Path, files: dict[str, str]) -> Path:
-    """Write what will be submitted, in place of what an earlier submission has left, and return the folder."""
+    """Write what will be submitted, in place of what an earlier submission has left, and return the folder.
+
+    The record of that, and how its jobs ended, stay: they may still be looked for.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for path in folder.iterdir():
-        if path.is_file() and path.name != RECORD:  # jobs of which it tells may still be looked for
+        if path.is_file() and path.name != RECORD and not path.name.startswith(ENDED):
             path.unlink()
     for name, text in files.items():
         (folder / name).write_text(text, encoding="utf-8")

@@ -22,7 +22,9 @@ from tests.keeper import Kept
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
 # Where daemons are, which not every user's PATH has.
 PATH = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin"
-SOCKET_PATH_LIMIT = 100
+# Of a Unix socket's path: those of munged, and of the steps that a node runs.
+SOCKET_PATH_LIMIT = 107
+STEP_SOCKET = "99999.4294967294"
 START_S, COMMAND_S = 30, 20
 
 # Partitions: jobs of URGENT take the nodes of jobs of MAIN, which is where a job goes that does not say.
@@ -262,7 +264,6 @@ class Cluster:
         return ping.returncode == 0
 
     def _munged(self) -> list[object]:
-        assert len(str(self._socket)) < SOCKET_PATH_LIMIT, f"{self._socket}: a socket's path must be shorter"
         key = self.folder / "munge.key"
         key.touch(mode=0o600)
         key.write_bytes(random.randbytes(128))
@@ -296,7 +297,9 @@ class Cluster:
             places = {name: f"NodeHostname={machine} Port={port}" for name, port in zip(self.names, ports, strict=True)}
         lines = [f"{name}={value}" for name, value in (settings | self._settings).items()]
         for name in self.names:
-            self._new_folder(f"spool.{name}")
+            spool = self._new_folder(f"spool.{name}")
+            longest = spool / f"{name}_{STEP_SOCKET}"
+            assert len(str(longest)) <= SOCKET_PATH_LIMIT, f"{longest}: a socket's path must be shorter"
             has = f"CPUs={self._cpus} RealMemory=1024" + (f" Gres=gpu:{self._gpus}" if self._gpus else "")
             lines.append(f"NodeName={name} NodeAddr={self.machines.addresses[name]} {places[name]} {has}")
         common = "Nodes=ALL MaxTime=INFINITE State=UP"

@@ -52,6 +52,8 @@ def test_what_names_a_secret_or_sounds_like_one_is_none(written):
         (SLURM + "environment: {WANDB_API_KEY: abc}\n", "looks like a secret"),
         (SLURM + "setup: ['umask 7; export WANDB_API_KEY=abc']\n", "setup: WANDB_API_KEY looks like a secret"),
         (SLURM + "sbatch: ['--export=A=1,HF_TOKEN=abc']\n", "sbatch: HF_TOKEN looks like a secret"),
+        (SLURM + "environment: {HTTPS_PROXY: 'http://me:abc@proxy'}\n", "HTTPS_PROXY looks like a secret"),
+        (SLURM + "setup: ['export https_proxy=http://me:abc@proxy']\n", "setup: an address with a password"),
         ("backend: kubernetes\ntime: 1:00:00\nvolumes: [{claims: x, path: /y}]\n", "did you mean claim?"),
     ],
 )

@@ -111,7 +111,7 @@ def test_a_run_that_has_waited_for_its_turn_is_not_said_to_be_stalled(run, sched
     [
         ({"status": "failed", "code": 1, "rank": 3, "reason": "KeyError"}, 5, "FAILED"),
         ({"status": "done", "code": 0, "rank": 0, "reason": ""}, 5000, "COMPLETED"),
-        ({"status": "requeue", "code": 75, "rank": 0, "reason": ""}, 5000, "STOPPED"),
+        ({"status": "requeue", "code": 75, "rank": 0, "reason": ""}, 5000, "INTERRUPTED"),
         (None, 5, "RUNNING"),
         (None, 5000, "ended without a word"),
     ],
@@ -125,11 +125,14 @@ def test_of_a_run_that_no_scheduler_knows_its_files_tell(run, scheduler, capsys,
     assert said(capsys, "status", run) == alone
 
 
-@pytest.mark.parametrize(("code", "expected"), [(0, "COMPLETED"), (2, "FAILED"), (75, "STOPPED"), (None, "unknown")])
+@pytest.mark.parametrize(
+    ("code", "expected"), [(0, "COMPLETED"), (2, "FAILED"), (75, "INTERRUPTED"), (None, "unknown")]
+)
 def test_of_a_job_that_slurm_has_forgotten_its_script_tells(run, scheduler, capsys, code, expected):
     scheduler(state(run, "", "evaluate", "8"))
     if code is not None:
         (submission.folder(run) / "ended-8").write_text(f"{code}\n")
+        submission.keep(submission.folder(run), {})  # a further submission, which was refused
     assert said(capsys, "status", run) == [f"evaluate {run}: {expected}"]
 
 

@@ -9,7 +9,7 @@ import pytest
 from launch import local
 from launch.__main__ import main
 from launch.demo import start_afresh
-from launch.job import Job, LaunchError, stages
+from launch.job import Job, LaunchError, records, stages
 
 
 def commands(job: Job) -> list[list[str]]:
@@ -56,15 +56,29 @@ def test_what_cannot_run_is_refused_with_the_fix(tmp_path, capsys):
         ([*given, "--time", "2h"], "[D-]HH:MM:SS"),
         ([*given, "--sweep", "optim.lr"], "KEY=VALUE,VALUE"),
         ([*given, "--then", "lunch"], "evaluate, export"),
-        ([*given, "tracking.x=https://me:hunter2@host/"], "https://…host/: an address with"),
+        ([*given, "tracking.x=https://me:hunter2@host/"], "tracking.x=https://…: an address with"),
         ([*given, "tracking.x=s3://me:hunter2@host/"], "would be in scripts"),
         ([*given, "tracking.x=https://hunter2@host/"], "would be in scripts"),
+        ([*given, "tracking.x=https://host/a?client_secret=hunter2"], "would be in scripts"),
+        ([*given, "--time", "0:00:00"], "no time at all"),
         ([*given, "--data", "https://host/a?x=1&X-Amz-Signature=hunter2"], "a?x=1&…: an address with"),
     ):
         assert main(["submit", *run, *words]) == 2, words
         told = capsys.readouterr().err
         assert message in told, words
         assert "hunter2" not in told
+
+
+@pytest.mark.parametrize("data", ["s3://bucket/x@2", "hdfs://host:9000/a@2", "https://host/a@b.tar?v=1&keyword=3"])
+def test_an_address_without_a_secret_is_none(tmp_path, data):
+    assert Job(tmp_path, recipe="demo", data=data).data == data
+
+
+@pytest.mark.parametrize("run", [".", "/"])
+def test_a_folder_without_a_name_has_records_too(run, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert main(["status", run]) == 2
+    assert records(Path(run), "data").is_absolute()
 
 
 def test_the_demo_removes_only_what_a_demo_wrote(tmp_path):

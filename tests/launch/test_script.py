@@ -14,6 +14,10 @@ from launch.cluster import SlurmCluster
 from launch.job import Job, stages
 
 SCONTROL = """#!/bin/bash
+if [ -n "${DOWN-}" ] && [ "$1,$2" = show,job ] && ! [ -e "$ASKED.again" ]; then
+  touch "$ASKED.again"
+  exit 1
+fi
 case $1,$2 in
   show,hostnames) echo node1 ;;
   show,node) echo "NodeName=node1 NodeAddr=10.0.0.1 Port=1" ;;
@@ -27,10 +31,10 @@ SRUN = """#!/bin/bash
 if [ -n "${STOP-}" ]; then  # SLURM warns the script, which passes it on
   trap 'exit "$STOP"' USR1
   kill -USR1 $PPID
-  for _ in {1..200}; do sleep 0.1; done
+  for _ in {1..200}; do sleep; done
 fi
 [ -z "${SAID-}" ] || echo "$SAID" >"$RUN/exit.json"
-[[ -n "${first-}" && -z "${FAILS-}" && ${CODE-0} -ne 0 ]] && echo "$CODE" >"$first"  # as tasks do
+[[ -n "${first-}" && -z "${FAILS-}" && ${CODE-0} -ne 0 ]] && ln -s "$CODE" "$first"  # as tasks do
 exit "${CODE-0}"
 """
 
@@ -40,7 +44,7 @@ def script(tmp_path):
     """script(CODE="75", sweep=…) runs a job's script; (its exit code, what was requeued, what it said)."""
     commands = tmp_path / "bin"
     commands.mkdir()
-    for name, text in (("scontrol", SCONTROL), ("srun", SRUN)):
+    for name, text in (("scontrol", SCONTROL), ("srun", SRUN), ("sleep", "#!/bin/bash\n/bin/sleep 0.1")):
         (commands / name).write_text(text)
         (commands / name).chmod(0o755)
     run, asked = tmp_path / "run", tmp_path / "asked"
@@ -80,6 +84,8 @@ def script(tmp_path):
         ({"CHECK": "2"}, 2, False),
         ({"CHECK": "2", "restarts": 1}, 75, True),
         ({"CHECK": "1"}, 1, False),
+        ({"CHECK": "255"}, 2, False),  # Apptainer's
+        ({"CODE": "75", "DOWN": "yes"}, 75, True),  # slurmctld is being restarted
         ({"CHECK": "1", "restarts": 1}, 75, True),
         ({"CHECK": "233"}, 233, True),
     ],
@@ -115,6 +121,7 @@ def test_of_a_sweep_the_task_alone_is_requeued_though_it_bears_the_id_of_all(scr
         ({"status": "requeue", "code": 75, "rank": 1}, 75, True),
         ({"status": "failed", "code": 2, "rank": 0}, 2, False),
         ({"status": "failed", "code": 1, "rank": 0}, 1, False),
+        ({"status": "failed"}, 128, True),  # as of a disk that is full
         (None, 128, True),  # all ranks were killed before they could say a word
     ],
 )
@@ -124,6 +131,23 @@ def test_with_torchrun_the_ranks_own_word_counts(script, said, code, requeued):
     (script.run / "exit.json").write_text(json.dumps({"status": "done", "code": 0}))  # of before
     found, asked, _ = script(site={"launcher": "torchrun"}, CODE="1", **variables)
     assert (found, asked) == (code, "requeue 7" if requeued else "")
+
+
+def test_what_was_said_before_is_gone_though_the_nodes_are_refused(script):
+    script.run.mkdir()
+    (script.run / "exit.json").write_text(json.dumps({"status": "failed", "code": 1}))
+    assert script(CHECK="2")[:2] == (2, "")
+    assert not (script.run / "exit.json").exists()
+
+
+def test_the_site_s_lines_may_name_variables_that_are_not_there(script):
+    assert script(site={"setup": ["[ -n $NOT_THERE ]"]})[:2] == (0, "")
+
+
+def test_a_killed_script_leaves_no_word_of_an_earlier_attempt(script):
+    script(CODE="75")
+    assert script(site={"setup": ["kill -9 $$"]}, restarts=1)[0] == -9
+    assert not (script.run / "launch/ended-7").exists()
 
 
 def test_an_evaluation_leaves_what_training_said_of_its_end(script):

@@ -114,20 +114,25 @@ class TestFaults:
 
 
 class TestEnd:
-    def test_nothing_is_left_of_a_cluster(self, hosts, tmp_path):
-        with Cluster(tmp_path / "slurm", nodes=2, hosts=hosts) as cluster:
-            job = cluster.sbatch(RUNAWAYS, "-N2", folder=tmp_path)
-            until(lambda: lines(tmp_path, job) == ["away", "away"], "two lines")
-            assert len(processes(tmp_path)) > 10
+    @pytest.fixture
+    def place(self, tmp_path_factory) -> Path:
+        """With a short name, as paths of sockets must be."""
+        return tmp_path_factory.mktemp("end")
+
+    def test_nothing_is_left_of_a_cluster(self, hosts, place):
+        with Cluster(place / "slurm", nodes=2, hosts=hosts) as cluster:
+            job = cluster.sbatch(RUNAWAYS, "-N2", folder=place)
+            until(lambda: lines(place, job) == ["away", "away"], "two lines")
+            assert len(processes(place)) > 10
             assert (link(cluster) in psutil.net_if_addrs()) == hosts
-        assert processes(tmp_path) == []
+        assert processes(place) == []
         assert link(cluster) not in psutil.net_if_addrs()
 
-    def test_nothing_is_left_after_a_killed_test_run(self, hosts, tmp_path):
+    def test_nothing_is_left_after_a_killed_test_run(self, hosts, place):
         code = f"""
 import pathlib, time
 from tests.launch.test_slurm_cluster import Cluster, link
-folder = pathlib.Path({str(tmp_path)!r})
+folder = pathlib.Path({str(place)!r})
 with Cluster(folder / "slurm", nodes=2, hosts={hosts}) as cluster:
     cluster.sbatch({RUNAWAYS!r}, "-N2", folder=folder)
     print(link(cluster), flush=True)
@@ -136,10 +141,10 @@ with Cluster(folder / "slurm", nodes=2, hosts={hosts}) as cluster:
         root = Path(__file__).parents[2]
         with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=root) as run:
             name = run.stdout.readline().strip()
-            until(lambda: lines(tmp_path, "1") == ["away", "away"], "two lines")
+            until(lambda: lines(place, "1") == ["away", "away"], "two lines")
             assert (name in psutil.net_if_addrs()) == hosts
             run.kill()
-        until(lambda: processes(tmp_path) == [] and name not in psutil.net_if_addrs(), "all to be gone")
+        until(lambda: processes(place) == [] and name not in psutil.net_if_addrs(), "all to be gone")
 
 
 def test_clusters_do_not_see_each_other(new_cluster, tmp_path):
