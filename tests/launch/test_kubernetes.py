@@ -103,6 +103,15 @@ class TestSubmit:
             *(f"{SERVICES}/{one['metadata']['name']}" for one in objects if one["kind"] == "Service"),
         }
 
+    def test_a_service_that_is_left_without_its_job_is_no_obstacle(self, server, tmp_path, kind):
+        site = Site(tmp_path, kind=kind)
+        site.submit()
+        objects = set(server.objects)
+        for place in [one for one in server.objects if one.startswith(PLACES[kind])]:
+            del server.objects[place]  # as by `kubectl delete job`
+        site.submit()
+        assert set(server.objects) == objects
+
     def test_what_was_made_is_recorded(self, server, tmp_path, kind):
         site = Site(tmp_path, kind=kind)
         (name,) = site.submit()

@@ -14,8 +14,8 @@ from launch.cluster import SlurmCluster
 from launch.job import Job, stages
 
 SCONTROL = """#!/bin/bash
-if [ -n "${DOWN-}" ] && [ "$1,$2" = show,job ] && ! [ -e "$ASKED.again" ]; then
-  touch "$ASKED.again"
+if [ -n "${DOWN-}" ] && [ "$2" != hostnames ] && ! [ -e "$ASKED-$1-$2" ]; then
+  touch "$ASKED-$1-$2"  # what asks the controller is answered the second time
   exit 1
 fi
 case $1,$2 in
