@@ -85,7 +85,8 @@ class RemoteCluster(Cluster):
         300,
         gt=0,
         le=65535,
-        description="how long before its time limit a job is asked to stop; saving must fit into it",
+        description="how long before its time limit a job is asked to stop; one that has not saved by then loses what "
+        "came after its last checkpoint",
     )
     max_restarts: int = Field(20, ge=0, description="how often a job that was stopped, killed or lost a node goes on")
     network: Network | None = Field(None, description="settings for a kind of network: ethernet, infiniband, efa")

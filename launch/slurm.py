@@ -22,6 +22,8 @@ from launch.submission import Submission, Submitted
 TEMPLATE = Path(__file__).parent / "templates/job.sbatch.j2"
 # scontrol and sbatch answer at once, or the controller is not there.
 PATIENCE_S = 60
+# Before its time limit, a job that has not ended by itself is requeued.
+REQUEUE_S = 5
 # Of the user's own variables; others may be secrets, or differ from run to run.
 KEPT = "HOME,USER,LOGNAME,PATH,LANG"
 # What sbatch says → the fix.
@@ -108,6 +110,7 @@ def _values(job: Job, stage: Stage, cluster: SlurmCluster) -> dict[str, Any]:
         "cpus_per_task": _cpus_per_task(stage, cluster),
         "threads": cluster.cpus_per_process,
         "stop_seconds": cluster.stop_seconds,
+        "patience": max(1, cluster.stop_seconds - REQUEUE_S),
         "meet_seconds": cluster.meet_seconds,
         "max_restarts": cluster.max_restarts,
         "modules": cluster.modules,

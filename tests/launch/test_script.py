@@ -28,6 +28,11 @@ esac
 # The first step looks at the nodes.
 SRUN = """#!/bin/bash
 [[ $* = *check-node* ]] && exit "${CHECK-0}"
+if [ -n "${HANGS-}" ]; then
+  trap '' USR1
+  kill -USR1 $PPID
+  until [ -e "$ASKED" ]; do sleep; done
+fi
 if [ -n "${STOP-}" ]; then  # SLURM warns the script, which passes it on
   trap 'exit "$STOP"' USR1
   kill -USR1 $PPID
@@ -107,6 +112,13 @@ def test_a_job_that_is_asked_to_stop_while_its_site_is_set_up_is_requeued(script
 def test_a_warning_reaches_the_program_and_what_it_has_ended_begins_again(script, what, launcher, ends):
     """Training saves and says 75; torchrun says 1, whatever has ended its ranks."""
     assert script(what, site={"launcher": launcher}, STOP=str(ends))[:2] == (75, "requeue 7")
+
+
+def test_ranks_that_hang_do_not_keep_a_job_until_slurm_ends_it(script):
+    site = {"stop_seconds": 6}
+    found, asked, told = script(site=site, HANGS="yes", CODE="137", STATE="PENDING")
+    assert (found, asked) == (137, "requeue 7")
+    assert "not saved after 1 s" in told
 
 
 def test_of_a_sweep_the_task_alone_is_requeued_though_it_bears_the_id_of_all(script):

@@ -290,6 +290,20 @@ def test_a_time_limit_is_no_end(site, steps_of, tmp_path):
     same_steps(run, steps_of(2, 2000))
 
 
+@pytest.mark.slow
+def test_ranks_that_hang_when_the_time_is_over_go_on_from_the_last_checkpoint(site, steps_of, tmp_path):
+    run = tmp_path / "run"
+    job = site.submit(run, "checkpoint.every_steps=10", words=("--time", "00:02:00"))
+    site.reach(job, run, 60)
+    (trainer,) = psutil.Process(site.slurm.tasks(job, step=TRAINING)[1]).children()
+    trainer.suspend()
+    step, committed = site.stopped(job, run)
+    assert step >= 60
+    site.finish(job, run, restarts=1)
+    kept(run, committed)
+    same_steps(run, steps_of(2))
+
+
 # --- Deaths
 
 
