@@ -20,8 +20,10 @@ if TYPE_CHECKING:
 
 USER_MUST_ACT = 2
 # States, in SLURM's words, of jobs that still write their run folder, or will.
-ACTIVE = {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "STAGE_OUT"}
-ACTIVE |= {"REQUEUED", "REQUEUE_HOLD"}
+ACTIVE = {
+    *("PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "STOPPED"),
+    *("COMPLETING", "STAGE_OUT", "REQUEUED", "REQUEUE_HOLD"),
+}
 
 RunOption = Annotated[Path, typer.Option(help="The run folder; an unfinished run there goes on.")]
 RunArgument = Annotated[Path, typer.Argument(help="The run folder that was submitted with.", metavar="RUN")]

@@ -156,6 +156,13 @@ def test_the_site_s_lines_may_name_variables_that_are_not_there(script):
     assert script(site={"setup": ["[ -n $NOT_THERE ]"]})[:2] == (0, "")
 
 
+def test_nodes_wait_for_each_other_as_long_as_the_cluster_file_says(tmp_path):
+    cluster = SlurmCluster(backend="slurm", time="1:00:00", meet_seconds=45)
+    job = Job(tmp_path, recipe="demo", data="data")
+    (text,) = slurm.render(job, stages(job, 1), cluster).values()
+    assert " --meet 45\n" in text
+
+
 def test_a_killed_script_leaves_no_word_of_an_earlier_attempt(script):
     script(CODE="75")
     assert script(site={"setup": ["kill -9 $$"]}, restarts=1)[0] == -9
